@@ -1,0 +1,7 @@
+"""What a run leaves behind: the ledger that accounts for every interrupt, latency histograms, event records."""
+
+from __future__ import annotations
+
+from fabric.trace.ledger import Ledger, LedgerStatement
+
+__all__ = ["Ledger", "LedgerStatement"]
