@@ -1,4 +1,4 @@
-"""What a run leaves behind: the ledger that accounts for every interrupt, latency histograms, event records."""
+"""What a run leaves behind: the ledger of all interrupts, latency histograms, event records."""
 
 from __future__ import annotations
 

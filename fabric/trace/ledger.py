@@ -107,7 +107,7 @@ class Ledger:
         self._pending.remove(probe)
 
     def add_in_flight_probe(self, probe: Probe) -> None:
-        """``probe()`` says how many interrupts a channel holds that no controller has counted as raised yet."""
+        """``probe()`` says how many interrupts a channel holds that no controller counted as raised yet."""
         self._in_flight.append(probe)
 
     def remove_in_flight_probe(self, probe: Probe) -> None:
