@@ -121,7 +121,7 @@ class Histogram:
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def summary(self) -> dict[str, int | None]:
-        """``count``, ``min``, ``mean`` (rounded down), ``p50`` ... ``p99.9``, ``max``; without samples None."""
+        """``count``, ``min``, ``mean`` (rounded down), ``p50`` ... ``p99.9`` and ``max``; null if empty."""
         return {
             "count": self.count,
             "min": self.min,
@@ -131,7 +131,7 @@ class Histogram:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary, and what :meth:`from_dict` needs: ``bits``, ``total``, [index, samples] of each bucket."""
+        """The summary and what :meth:`from_dict` needs: ``bits``, ``total`` and the buckets."""
         return {
             **self.summary(),
             "bits": self.bits,
