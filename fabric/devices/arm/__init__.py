@@ -1,0 +1,1 @@
+"""ARM devices: the GIC models and the ITS."""

@@ -1,0 +1,399 @@
+"""Interrupts of a GIC and the queue of them at each vCPU.
+
+:class:`VgicIrq` is one interrupt, :class:`WiredIrq` one with an input line (SGI, PPI, SPI), :class:`VgicCpu`
+the part of the GIC that belongs to one vCPU: its private interrupts, the interrupts queued for it, and the
+rules of acknowledge, priority drop and deactivation that the CPU interfaces of GICv2 and GICv3 share.
+
+How a pending interrupt is found
+--------------------------------
+A vCPU has one heap per group of entries ``(priority, seq, irq, cpu)``; ``seq`` makes equal priorities first
+in, first out. An interrupt holds *its* entry in ``irq.entry`` from when it is queued until it is neither
+pending nor active any more, so one that becomes pending again while active keeps its place. Removing from the
+middle of a heap is lazy: ``irq.entry`` then names another entry or none, and the stale one is dropped when it
+reaches the top. The top of a heap is never stale, so "is something deliverable?" is one comparison,
+``queue[0][0] < threshold``, and everything else is O(log n) in the interrupts queued at this one vCPU.
+
+Accounting
+----------
+An interrupt is open in the ledger while it is pending and not yet taken: ``pending`` (the latch), or the line
+of a level-triggered one high while it is not active. A line still high when it ends opens a new one.
+
+Specification: GICv3 architecture (IHI 0069), chapters 4 (handling, prioritisation) and 12 (system registers).
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fabric.devices.arm.vgic import Vgic
+    from fabric.devices.base import IrqEvents, VcpuServices
+    from fabric.trace.ledger import Ledger
+
+NR_SGIS = 16
+NR_PRIVATE_IRQS = 32
+MIN_LPI = 8192
+SPURIOUS = 1023
+"""INTID read when there is nothing to acknowledge."""
+FIRST_SPECIAL = 1020
+LAST_SPECIAL = 1023
+IDLE_PRIORITY = 0xFF
+"""Running priority of a vCPU with no active interrupt."""
+PRIORITY_BITS = 5
+"""Implemented priority bits: the upper five of eight."""
+PRIORITY_SHIFT = 8 - PRIORITY_BITS
+PRIORITY_MASK = 0xFF & -(1 << PRIORITY_SHIFT)
+
+Entry: TypeAlias = "tuple[int, int, VgicIrq, VgicCpu]"
+
+
+class VgicIrq:
+    """One interrupt; of this class itself only LPIs, of which there may be millions."""
+
+    __slots__ = ("active", "enabled", "entry", "group", "intid", "pending", "priority", "target")
+
+    intid: int
+    priority: int
+    """0 (highest) to 0xf8."""
+    group: int
+    """0 or 1."""
+    enabled: bool
+    pending: bool
+    """The pending latch: set by an edge or a write to ISPENDR, never by the level of a line."""
+    active: bool
+    target: VgicCpu | None
+    """Where it goes to when it is raised next."""
+    entry: Entry | None
+    """Its place at a vCPU, while it is queued or active there."""
+
+    def __init__(self, intid: int, target: VgicCpu | None, group: int = 1) -> None:
+        self.intid = intid
+        self.priority = 0
+        self.group = group
+        self.enabled = False
+        self.pending = False
+        self.active = False
+        self.target = target
+        self.entry = None
+
+    @property
+    def asserted(self) -> bool:
+        """Pending as the guest sees it: the latch, or the line of a level-triggered interrupt."""
+        return self.pending
+
+    @property
+    def open(self) -> bool:
+        """Raised and not yet taken: counted as pending by the ledger."""
+        return self.pending
+
+    def __repr__(self) -> str:
+        flags = "".join(
+            letter if on else "-"
+            for letter, on in (("P", self.asserted), ("A", self.active), ("E", self.enabled))
+        )
+        where = "-" if self.target is None else self.target.index
+        return f"<{type(self).__name__} {self.intid} {flags} priority {self.priority:#04x} -> {where}>"
+
+
+class WiredIrq(VgicIrq):
+    """An SGI, PPI or SPI: configurable trigger and, except for SGIs, an input line."""
+
+    __slots__ = ("edge", "line", "owner", "route")
+
+    edge: bool
+    line: bool
+    """Level of the input line; of a level-triggered interrupt, or as userspace stored it."""
+    owner: object | None
+    """The in-kernel device wired to the line (arch timer, PMU): KVM_IRQ_LINE is then ignored."""
+    route: int
+    """SPI: the affinity in GICD_IROUTER, as written."""
+
+    def __init__(self, intid: int, target: VgicCpu | None, group: int = 1, *, edge: bool = True) -> None:
+        super().__init__(intid, target, group)
+        self.edge = edge
+        self.line = False
+        self.owner = None
+        self.route = 0
+
+    @property
+    def asserted(self) -> bool:
+        return self.pending or (self.line and not self.edge)
+
+    @property
+    def open(self) -> bool:
+        return self.pending or (self.line and not self.edge and not self.active)
+
+
+class VgicCpu:
+    """The GIC's part for one vCPU: private interrupts, the queues, and the state of the CPU interface.
+
+    What the vCPU itself does (acknowledge, end, write a CPU interface register) changes ``line`` only; what
+    others do to it also calls ``kick`` when ``line`` becomes true.
+    """
+
+    __slots__ = (
+        "apr0", "apr1", "bpr0", "bpr1", "cbpr", "eoi_split", "events", "forwarding", "igrpen0", "igrpen1",
+        "index", "kick", "ledger", "line", "lpis", "mask0", "mask1", "notify_eoi", "pmr", "private", "queue",
+        "queue0", "seq", "threshold", "threshold0", "vcpu", "vgic",
+    )  # fmt: skip
+
+    def __init__(self, vgic: Vgic, vcpu: VcpuServices) -> None:
+        self.vgic = vgic
+        self.vcpu = vcpu
+        self.index: int = vcpu.index
+        self.kick: Callable[[], None] = vcpu.kick
+        self.ledger: Ledger = vgic.ledger
+        self.events: IrqEvents | None = vgic.events
+        self.lpis: dict[int, VgicIrq] = vgic.lpis
+        self.private = [WiredIrq(intid, self, edge=intid < NR_SGIS) for intid in range(NR_PRIVATE_IRQS)]
+        for sgi in self.private[:NR_SGIS]:
+            sgi.enabled = True
+        self.queue: list[Entry] = []
+        """Group 1 interrupts that are pending and enabled, a heap."""
+        self.queue0: list[Entry] = []
+        """The same for group 0."""
+        self.seq = 0
+        self.line = False
+        """An interrupt can be taken now."""
+        self.forwarding = False
+        """The distributor forwards interrupts (GICD_CTLR)."""
+        self.pmr = 0
+        self.bpr0 = PRIORITY_SHIFT - 1
+        self.bpr1 = PRIORITY_SHIFT
+        self.cbpr = False
+        self.eoi_split = False
+        """EOImode: ending an interrupt drops the priority, and DIR deactivates it."""
+        self.igrpen0 = False
+        self.igrpen1 = False
+        self.apr0 = 0
+        self.apr1 = 0
+        """Active priorities of group 1: bit n stands for priority ``n << PRIORITY_SHIFT``."""
+        self.mask0 = self.mask1 = 0
+        self.threshold0 = self.threshold = 0
+        """Priorities below this can be delivered, for group 0 and 1; 0: none."""
+        self.refresh()
+
+    # -- the hot path: acknowledge and end ------------------------------------------------------------------
+
+    def acknowledge(self, group: int = 1) -> int:
+        """Take the highest-priority interrupt of ``group``; the INTID, or 1023 when there is none to take."""
+        if self.queue0 or not group:
+            if self._deliverable() != group:
+                return SPURIOUS
+            queue = self.queue if group else self.queue0
+        else:
+            if not self.line:
+                return SPURIOUS
+            queue = self.queue
+        irq = heappop(queue)[2]
+        irq.pending = False
+        irq.active = True
+        if queue:
+            top = queue[0]
+            while top[2].entry is not top:
+                heappop(queue)
+                if not queue:
+                    break
+                top = queue[0]
+        if group:
+            priority = irq.priority & self.mask1
+            self.apr1 |= 1 << (priority >> PRIORITY_SHIFT)
+        else:
+            priority = irq.priority & self.mask0
+            self.apr0 |= 1 << (priority >> PRIORITY_SHIFT)
+        if self.queue0 or self.igrpen0:
+            self.refresh()
+        else:
+            # It was the highest of all, so nothing left can preempt it.
+            self.threshold = priority
+            self.line = False
+        self.ledger.delivered += 1
+        intid = irq.intid
+        if self.events is not None:
+            self.events.acknowledged(self.index, intid)
+        return intid
+
+    def end_of_interrupt(self, group: int, intid: int) -> None:
+        """Drop the priority, and deactivate unless EOImode splits that; an INTID not active only drops."""
+        active1 = self.apr1
+        if self.apr0 or not group:
+            if FIRST_SPECIAL <= intid <= LAST_SPECIAL or not self.apr0 | active1:
+                return
+            dropped = self._drop_priority()
+            mask = self.mask1 if group else self.mask0
+        else:
+            if not active1 or FIRST_SPECIAL <= intid <= LAST_SPECIAL:
+                return
+            lowest = active1 & -active1
+            dropped = (lowest.bit_length() - 1) << PRIORITY_SHIFT
+            mask = self.mask1
+            self.apr1 = active1 = active1 ^ lowest
+            if active1 or self.igrpen0:
+                self.refresh()
+            else:
+                self.threshold = self.pmr if self.igrpen1 and self.forwarding else 0
+                queue = self.queue
+                self.line = bool(queue) and queue[0][0] < self.threshold
+        if intid >= MIN_LPI:
+            irq = self.lpis.get(intid)
+            if irq is None:
+                return
+        else:
+            irq = self.irq(intid)
+            if irq is None or self.eoi_split:
+                return
+        # An end that does not match what is running (another group or priority) drops the priority and leaves
+        # the interrupt active.
+        if irq.active and irq.group == group and irq.priority & mask == dropped:
+            entry = irq.entry
+            if entry is not None and entry[3] is self:
+                if intid >= MIN_LPI and not irq.pending:
+                    irq.active = False
+                    irq.entry = None
+                    if self.events is not None:
+                        self.events.completed(self.index, intid)
+                else:
+                    self.vgic.deactivate(irq)
+
+    # -- the rest of the CPU interface ----------------------------------------------------------------------
+
+    def deactivate(self, intid: int) -> None:
+        """ICC_DIR: deactivate an interrupt that is active at this vCPU; ignored unless EOImode splits."""
+        if not self.eoi_split or FIRST_SPECIAL <= intid <= LAST_SPECIAL:
+            return
+        irq = self.lpis.get(intid) if intid >= MIN_LPI else self.irq(intid)
+        if irq is not None and irq.active:
+            entry = irq.entry
+            if entry is not None and entry[3] is self:
+                self.vgic.deactivate(irq)
+
+    def irq(self, intid: int) -> VgicIrq | None:
+        """The interrupt that this vCPU means by ``intid``."""
+        if intid < NR_PRIVATE_IRQS:
+            return self.private[intid]
+        if intid >= MIN_LPI:
+            return self.lpis.get(intid)
+        spis = self.vgic.spis
+        index = intid - NR_PRIVATE_IRQS
+        return spis[index] if index < len(spis) else None
+
+    def highest_pending(self, group: int) -> int:
+        """ICC_HPPIR: the highest-priority pending interrupt if of ``group``, whatever PMR says; or 1023."""
+        top = self._top()
+        return top[2].intid if top is not None and top[2].group == group else SPURIOUS
+
+    @property
+    def running_priority(self) -> int:
+        """ICC_RPR: priority of the innermost active interrupt, 0xff when there is none."""
+        active = self.apr0 | self.apr1
+        return ((active & -active).bit_length() - 1) << PRIORITY_SHIFT & 0xFF if active else IDLE_PRIORITY
+
+    @property
+    def pending_group(self) -> int | None:
+        """Group of the interrupt that can be taken now (0: FIQ, 1: IRQ), or None."""
+        return self._deliverable() if self.line else None
+
+    def refresh(self) -> None:
+        """Recompute thresholds and ``line``: PMR, enables, binary points or active priorities changed."""
+        self.mask0 = -1 << (self.bpr0 + 1)
+        self.mask1 = self.mask0 if self.cbpr else -1 << self.bpr1
+        active = self.apr0 | self.apr1
+        running = (active & -active).bit_length() - 1 << PRIORITY_SHIFT if active else 0x100
+        pmr = self.pmr if self.forwarding else 0
+        self.threshold0 = min(pmr, running & self.mask0) if self.igrpen0 else 0
+        self.threshold = min(pmr, running & self.mask1) if self.igrpen1 else 0
+        self.line = self._deliverable() is not None
+
+    def _top(self) -> Entry | None:
+        """The highest-priority queued interrupt among the enabled groups."""
+        first = self.queue[0] if self.queue and self.igrpen1 else None
+        other = self.queue0[0] if self.queue0 and self.igrpen0 else None
+        if first is None or (other is not None and other[:2] < first[:2]):
+            return other
+        return first
+
+    def _deliverable(self) -> int | None:
+        """Group of the interrupt that an acknowledge would take, or None."""
+        top = self._top()
+        if top is None:
+            return None
+        group = top[2].group
+        return group if top[0] < (self.threshold if group else self.threshold0) else None
+
+    def _drop_priority(self) -> int:
+        """Clear the highest active priority of both groups and return it."""
+        lowest0 = self.apr0 & -self.apr0
+        lowest1 = self.apr1 & -self.apr1
+        if lowest0 and (not lowest1 or lowest0 <= lowest1):
+            self.apr0 ^= lowest0
+            lowest = lowest0
+        else:
+            self.apr1 ^= lowest1
+            lowest = lowest1
+        self.refresh()
+        return lowest.bit_length() - 1 << PRIORITY_SHIFT
+
+    # -- the queues -----------------------------------------------------------------------------------------
+
+    def push(self, irq: VgicIrq, seq: int | None = None) -> None:
+        """Queue ``irq`` here, at the end of its priority or in the place ``seq`` it had."""
+        if seq is None:
+            self.seq = seq = self.seq + 1
+        entry = irq.entry = (irq.priority, seq, irq, self)
+        heappush(self.queue if irq.group else self.queue0, entry)
+        self.update_line()
+
+    def hold(self, irq: VgicIrq) -> None:
+        """Give an active interrupt its place here without queueing it."""
+        self.seq += 1
+        irq.entry = (irq.priority, self.seq, irq, self)
+
+    def tidy(self) -> None:
+        """Drop stale entries from the tops of the queues."""
+        for queue in (self.queue, self.queue0):
+            while queue and queue[0][2].entry is not queue[0]:
+                heappop(queue)
+        self.update_line()
+
+    def update_line(self) -> None:
+        """Recompute ``line``; kick the vCPU when it becomes true."""
+        was = self.line
+        self.line = self._deliverable() is not None
+        if self.line and not was:
+            self.kick()
+
+    def purge(self, after: int) -> None:
+        """Take everything queued later than ``after`` off the queues; it stays pending."""
+        for queue in (self.queue, self.queue0):
+            kept = []
+            for entry in queue:
+                if entry[2].entry is entry:
+                    if entry[1] > after:
+                        entry[2].entry = None
+                    else:
+                        kept.append(entry)
+            heapify(kept)
+            queue[:] = kept
+
+    def _check(self) -> None:
+        """Assert the invariants of the queues and thresholds."""
+        before: Any = (self.mask0, self.mask1, self.threshold0, self.threshold, self.line)
+        self.refresh()
+        assert before == (self.mask0, self.mask1, self.threshold0, self.threshold, self.line)
+        for group, queue in enumerate((self.queue0, self.queue)):
+            assert not queue or queue[0][2].entry is queue[0]
+            for child in range(1, len(queue)):
+                assert queue[(child - 1) // 2][:2] < queue[child][:2]
+            for entry in queue:
+                irq = entry[2]
+                if irq.entry is entry:
+                    assert irq.group == group
+                    assert irq.priority == entry[0]
+                    assert entry[3] is self
+                    assert irq.target is self
+                    assert irq.enabled
+                    assert irq.asserted
+                    assert not irq.active
