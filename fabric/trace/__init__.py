@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from fabric.trace.events import EventFile, EventLog, EventRing, event_format, quoted
+from fabric.trace.histogram import PERCENTILES, Histogram
 from fabric.trace.ledger import Ledger, LedgerStatement
+from fabric.trace.recorder import STAGES, Passage, Recorder, Statistics
 
-__all__ = ["Ledger", "LedgerStatement"]
+__all__ = [
+    "PERCENTILES",
+    "STAGES",
+    "EventFile",
+    "EventLog",
+    "EventRing",
+    "Histogram",
+    "Ledger",
+    "LedgerStatement",
+    "Passage",
+    "Recorder",
+    "Statistics",
+    "event_format",
+    "quoted",
+]

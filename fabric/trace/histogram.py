@@ -16,7 +16,7 @@ associative and commutative and a merged histogram equals the one of all samples
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Self
 
@@ -59,10 +59,22 @@ class Histogram:
         index = self._index(value)
         self.counts[index] = self.counts.get(index, 0) + n
 
-    def record_many(self, values: Iterable[int]) -> None:
-        """Add many samples; several times cheaper than one by one when values repeat."""
+    def record_many(self, values: Collection[int]) -> None:
+        """Add many samples, several times cheaper than one by one."""
+        if not values:
+            return
+        low, high = min(values), max(values)
+        if low < 0:
+            raise ValueError(f"a sample must be >= 0, not {low!r}")
+        self.count += len(values)
+        self.total += sum(values)
+        self.min = low if self.min is None else min(self.min, low)
+        self.max = high if self.max is None else max(self.max, high)
+        bits, counts = self.bits, self.counts
         for value, n in Counter(values).items():
-            self.record(value, n)
+            shift = value.bit_length() - bits - 1
+            index = value if shift <= 0 else (shift << bits) + (value >> shift)
+            counts[index] = counts.get(index, 0) + n
 
     def percentile(self, percent: float | str) -> int | None:
         """The smallest value that at least ``percent`` per cent of the samples do not exceed (nearest rank).
