@@ -82,6 +82,8 @@ class VmServices(Protocol):
     """Width of the guest physical address space (ARM)."""
     irqchip: Any
     """The in-kernel interrupt controller, or ``None``; set by the controller when it is created."""
+    its_list: list[Any]
+    """The ITS devices in creation order (ARM); each adds itself, and may come before the GIC does."""
     options: dict[str, Any]
     """Host options of the Kvm (``host_gic``, ``lpi_id_bits``, ...), with defaults filled in."""
 

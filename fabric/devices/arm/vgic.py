@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fabric.trace.ledger import Ledger
 
 DEFAULT_NR_IRQS = 256
+INITIAL_PROPBASER = 0x780
+"""GICR_PROPBASER from the creation of an ITS on: inner shareable, read-allocate write-back."""
 
 
 class Vgic:
@@ -62,8 +64,8 @@ class Vgic:
         self.spis: list[WiredIrq] = []
         self.lpis: dict[int, VgicIrq] = {}
         self.cpus: list[Any] = []
-        self.propbaser = 0
-        self.its_list: list[Any] = []
+        self.its_list: list[Any] = vm.its_list
+        self.propbaser = INITIAL_PROPBASER if self.its_list else 0
         self.eoi_notifiers: dict[int, list[Callable[[], None]]] = {}
         self.forwarding = False
         self._queued_before_off: list[int] = []
