@@ -23,11 +23,11 @@ class RunContext:
 
     __slots__ = ("deadlines", "idle_waiters", "slots")
 
-    def __init__(self, slots: dict[str, Any], deadlines: list[Any], idle_waiters: Sized) -> None:
+    def __init__(self, slots: dict[str, Any], deadlines: Any, idle_waiters: Sized) -> None:
         self.slots = slots
         """The thread's run-context dictionary; key ``task`` is the running task, absent between tasks."""
         self.deadlines = deadlines
-        """The heap of cancel-scope deadlines: empty means that no scope has one."""
+        """trio's deadlines; its ``_heap`` is empty when no cancel scope has one (the list is replaced at times)."""
         self.idle_waiters = idle_waiters
         """Tasks in ``trio.testing.wait_all_tasks_blocked``."""
 
@@ -39,10 +39,9 @@ def run_context() -> RunContext | None:
 
         slots = GLOBAL_RUN_CONTEXT.__dict__
         runner = slots["runner"]
-        deadlines = runner.deadlines._heap
+        deadlines = runner.deadlines
         idle_waiters = runner.waiting_for_idle
+        deadlines._heap, deadlines.next_deadline  # noqa: B018  # both are used
     except (ImportError, AttributeError, KeyError):
-        return None
-    if not isinstance(deadlines, list):
         return None
     return RunContext(slots, deadlines, idle_waiters)
