@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fabric.trace.ledger import Ledger
 
 DEFAULT_NR_IRQS = 256
-INITIAL_PROPBASER = 0x780
+INITIAL_PROPBASER = 0x580
 """GICR_PROPBASER from the creation of an ITS on: inner shareable, read-allocate write-back."""
 
 
@@ -212,7 +212,7 @@ class Vgic:
         was_open = irq.open
         irq.line = False
         if was_open and not irq.open:
-            self._drop(irq, "line lowered")
+            self.drop(irq, "line lowered")
         self.settle(irq)
 
     def _pend(self, irq: VgicIrq) -> None:
@@ -238,10 +238,11 @@ class Vgic:
         was_open = irq.open
         irq.pending = False
         if was_open and not irq.open:
-            self._drop(irq, reason)
+            self.drop(irq, reason)
         self.settle(irq)
 
-    def _drop(self, irq: VgicIrq, reason: str) -> None:
+    def drop(self, irq: VgicIrq, reason: str) -> None:
+        """Account for an interrupt that is thrown away."""
         self.ledger.drop(reason)
         if self._events is not None:
             self._events.dropped(-1 if irq.target is None else irq.target.index, irq.intid, reason)
@@ -303,7 +304,7 @@ class Vgic:
             self.ledger.raised += 1
             self._note_pending(irq)
         elif was_open and not irq.open:
-            self._drop(irq, "made edge-triggered")
+            self.drop(irq, "made edge-triggered")
         self.settle(irq)
 
     def retarget(self, irq: VgicIrq, target: VgicCpu | None) -> None:
@@ -325,7 +326,7 @@ class Vgic:
             irq.entry = (entry[0], entry[1], irq, entry[3])
             entry[3].tidy()
         if was_open and not irq.open:
-            self._drop(irq, "made active")
+            self.drop(irq, "made active")
         self.settle(irq)
 
     def deactivate(self, irq: VgicIrq, *, ended: bool = True) -> None:
@@ -413,7 +414,7 @@ class Vgic:
                 irq.active = False
                 if irq.pending:
                     irq.pending = False
-                    self._drop(irq, "LPIs disabled")
+                    self.drop(irq, "LPIs disabled")
         cpu.tidy()
 
     # -- injection from outside ------------------------------------------------------------------------------
