@@ -60,7 +60,7 @@ class Vgic:
         self.ledger: Ledger = vm.ledger
         self._events: IrqEvents | None = vm.events
         self.initialized = False
-        self.nr_irqs = 0
+        self.nr_irqs = NR_PRIVATE_IRQS
         self.spis: list[WiredIrq] = []
         self.lpis: dict[int, VgicIrq] = {}
         self.cpus: list[Any] = []
@@ -125,7 +125,7 @@ class Vgic:
         """Fix the number of interrupts and bring up the distributor; again is a no-op."""
         if self.initialized:
             return
-        if not self.nr_irqs:
+        if self.nr_irqs == NR_PRIVATE_IRQS:
             self.nr_irqs = DEFAULT_NR_IRQS
         first = self.cpus[0] if self.cpus else None
         self.spis = [WiredIrq(n, first, self.initial_group) for n in range(NR_PRIVATE_IRQS, self.nr_irqs)]
@@ -239,6 +239,28 @@ class Vgic:
         irq.pending = False
         if was_open and not irq.open:
             self.drop(irq, reason)
+        self.settle(irq)
+
+    def set_latch(self, irq: VgicIrq, on: bool, reason: str) -> None:
+        """Store the pending latch as it was saved; one that is cleared is dropped for ``reason``."""
+        if not on:
+            self.clear_pending(irq, reason)
+            return
+        if not irq.open:
+            self.ledger.raised += 1
+            self._note_pending(irq)
+        irq.pending = True
+        self.settle(irq)
+
+    def store_line(self, irq: WiredIrq, level: bool) -> None:
+        """Store the level of a line as it was saved, whatever the trigger."""
+        was_open = irq.open
+        irq.line = level
+        if irq.open and not was_open:
+            self.ledger.raised += 1
+            self._note_pending(irq)
+        elif was_open and not irq.open:
+            self.drop(irq, "line lowered")
         self.settle(irq)
 
     def drop(self, irq: VgicIrq, reason: str) -> None:
@@ -398,6 +420,11 @@ class Vgic:
                 self.clear_pending(irq, "unmapped")
             if self.lpis.get(intid) is irq:
                 del self.lpis[intid]
+
+    def invalidate_translations(self) -> None:
+        """Have every ITS forget what it has cached of (device, event) to LPI."""
+        for its in self.its_list:
+            its.invalidate_cache()
 
     def set_lpi_config(self, irq: VgicIrq, enabled: bool, priority: int) -> None:
         """What the configuration table says of an LPI."""

@@ -91,8 +91,7 @@ class VgicIrq:
 
     def __repr__(self) -> str:
         flags = "".join(
-            letter if on else "-"
-            for letter, on in (("P", self.asserted), ("A", self.active), ("E", self.enabled))
+            letter if on else "-" for letter, on in (("P", self.asserted), ("A", self.active), ("E", self.enabled))
         )
         where = "-" if self.target is None else self.target.index
         return f"<{type(self).__name__} {self.intid} {flags} priority {self.priority:#04x} -> {where}>"
@@ -161,8 +160,9 @@ class VgicCpu:
         self.forwarding = False
         """The distributor forwards interrupts (GICD_CTLR)."""
         self.pmr = 0
-        self.bpr0 = PRIORITY_SHIFT - 1
-        self.bpr1 = PRIORITY_SHIFT
+        self.bpr0 = 0
+        self.bpr1 = 0
+        """Binary points as stored; the hardware raises them to what the priority bits allow."""
         self.cbpr = False
         self.eoi_split = False
         """EOImode: ending an interrupt drops the priority, and DIR deactivates it."""
@@ -242,7 +242,7 @@ class VgicCpu:
             if irq is None:
                 return
         else:
-            irq = self.irq(intid)
+            irq = self.wired(intid)
             if irq is None or self.eoi_split:
                 return
         # An end that does not match what is running (another group or priority) drops the priority and leaves
@@ -264,21 +264,27 @@ class VgicCpu:
         """ICC_DIR: deactivate an interrupt that is active at this vCPU; ignored unless EOImode splits."""
         if not self.eoi_split or FIRST_SPECIAL <= intid <= LAST_SPECIAL:
             return
-        irq = self.lpis.get(intid) if intid >= MIN_LPI else self.irq(intid)
+        irq = self.irq(intid)
         if irq is not None and irq.active:
             entry = irq.entry
             if entry is not None and entry[3] is self:
                 self.vgic.deactivate(irq)
 
     def irq(self, intid: int) -> VgicIrq | None:
-        """The interrupt that this vCPU means by ``intid``."""
+        """The interrupt that this vCPU means by ``intid``, or None."""
+        return self.lpis.get(intid) if intid >= MIN_LPI else self.wired(intid)
+
+    def wired(self, intid: int) -> WiredIrq | None:
+        """The SGI, PPI or SPI that this vCPU means by ``intid``, or None."""
         if intid < NR_PRIVATE_IRQS:
             return self.private[intid]
-        if intid >= MIN_LPI:
-            return self.lpis.get(intid)
         spis = self.vgic.spis
         index = intid - NR_PRIVATE_IRQS
         return spis[index] if index < len(spis) else None
+
+    def register_irq(self, intid: int) -> WiredIrq | None:
+        """The interrupt in the arrays of this vCPU's own registers."""
+        return self.private[intid] if intid < NR_PRIVATE_IRQS else None
 
     def highest_pending(self, group: int) -> int:
         """ICC_HPPIR: the highest-priority pending interrupt if of ``group``, whatever PMR says; or 1023."""
@@ -298,8 +304,9 @@ class VgicCpu:
 
     def refresh(self) -> None:
         """Recompute thresholds and ``line``: PMR, enables, binary points or active priorities changed."""
-        self.mask0 = -1 << (self.bpr0 + 1)
-        self.mask1 = self.mask0 if self.cbpr else -1 << self.bpr1
+        # The group priority: bits above the binary point, and never more than are implemented.
+        self.mask0 = -1 << max(self.bpr0 + 1, PRIORITY_SHIFT)
+        self.mask1 = self.mask0 if self.cbpr else -1 << max(self.bpr1, PRIORITY_SHIFT)
         active = self.apr0 | self.apr1
         running = (active & -active).bit_length() - 1 << PRIORITY_SHIFT if active else 0x100
         pmr = self.pmr if self.forwarding else 0

@@ -1,0 +1,229 @@
+"""Where the frames of a GICv3 lie: the distributor, and the regions that redistributors are placed in.
+
+Specification: arm-vgic-v3, group KVM_DEV_ARM_VGIC_GRP_ADDR.
+
+What Linux 6.1 does beyond the text, and is kept: an overlap of the distributor with a redistributor region is found
+when a redistributor is about to be placed, or else by the first KVM_RUN; a legacy region grows with the vCPUs,
+and is measured by those there are at the moment of a check; a region with index 1 after a legacy one is accepted.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import attrs
+
+from fabric.devices.arm.vgic_v3_regs import GICD, GICD_SIZE, GICR, GICR_SIZE
+from fabric.errors import KvmError
+
+if TYPE_CHECKING:
+    from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
+    from fabric.devices.arm.vgic_v3 import VgicV3
+    from fabric.devices.base import VcpuServices
+
+UNDEFINED = 0xFFFF_FFFF_FFFF_FFFF
+"""Address of a frame that is not placed."""
+ALIGNMENT = 0x1_0000
+TOP = 1 << 64
+REGION_COUNT_SHIFT = 52
+REGION_BASE_MASK = 0x000F_FFFF_FFFF_0000
+REGION_FLAGS_MASK = 0xF000
+REGION_INDEX_MASK = 0xFF
+"""The field is 12 bits wide; the kernel keeps the lower eight."""
+
+
+class DistributorFrame:
+    """The distributor on the VM's MMIO space."""
+
+    def __init__(self, vgic: VgicV3) -> None:
+        self.vgic = vgic
+
+    def mmio_read(self, offset: int, size: int, _vcpu: VcpuServices) -> int:
+        return GICD.read(self.vgic, offset, size)
+
+    def mmio_write(self, offset: int, size: int, value: int, _vcpu: VcpuServices) -> None:
+        GICD.write(self.vgic, offset, size, value)
+
+
+class RedistributorFrame:
+    """A vCPU's redistributor on the VM's MMIO space; any vCPU may access it."""
+
+    def __init__(self, cpu: VgicV3Cpu) -> None:
+        self.cpu = cpu
+
+    def mmio_read(self, offset: int, size: int, _vcpu: VcpuServices) -> int:
+        return GICR.read(self.cpu, offset, size)
+
+    def mmio_write(self, offset: int, size: int, value: int, _vcpu: VcpuServices) -> None:
+        GICR.write(self.cpu, offset, size, value)
+
+
+@attrs.define(eq=False)
+class Region:
+    """Redistributors back to back from ``base``; ``count`` of them, 0 being as many as there are vCPUs."""
+
+    index: int
+    base: int
+    count: int
+    used: int = 0
+
+    @property
+    def full(self) -> bool:
+        """No place is left."""
+        return 0 < self.count <= self.used
+
+    @property
+    def value(self) -> int:
+        """As KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION reports it."""
+        return self.count << REGION_COUNT_SHIFT | self.base | self.index
+
+
+class Frames:
+    """The frames of one GICv3."""
+
+    def __init__(self, vgic: VgicV3) -> None:
+        self.vgic = vgic
+        self.distributor = UNDEFINED
+        self.regions: list[Region] = []
+        self.mapped = False
+        """The distributor answers, since the first KVM_RUN."""
+
+    # -- attributes ------------------------------------------------------------------------------------------
+
+    def place_distributor(self, base: int) -> None:
+        """KVM_VGIC_V3_ADDR_TYPE_DIST."""
+        if self.distributor != UNDEFINED:
+            raise KvmError(errno.EEXIST, f"the distributor is at {self.distributor:#x} already")
+        self._check_range("distributor", base, GICD_SIZE)
+        self.distributor = base
+
+    def add_legacy_region(self, base: int) -> None:
+        """KVM_VGIC_V3_ADDR_TYPE_REDIST: one run of redistributors for all vCPUs."""
+        size = len(self.vgic.cpus) * GICR_SIZE
+        if base + size >= TOP:
+            raise KvmError(errno.EINVAL, f"redistributors from {base:#x} wrap around the end of memory")
+        if self.regions:
+            if self.regions[-1].count:
+                raise KvmError(errno.EINVAL, "REDIST cannot be combined with REDIST_REGION, which was set before")
+            raise KvmError(errno.EEXIST, f"the redistributors are at {self.regions[-1].base:#x} already")
+        if self.distributor != UNDEFINED and _overlap(base, size, self.distributor, GICD_SIZE):
+            raise KvmError(errno.EINVAL, f"redistributors from {base:#x} overlap the distributor")
+        self._add(Region(0, base, 0), size)
+
+    def add_region(self, value: int) -> None:
+        """KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION: the next region, of a fixed size."""
+        count = value >> REGION_COUNT_SHIFT
+        base = value & REGION_BASE_MASK
+        index = value & REGION_INDEX_MASK
+        size = count * GICR_SIZE
+        if not count:
+            raise KvmError(errno.EINVAL, "a redistributor region has at least one redistributor, not 0")
+        if value & REGION_FLAGS_MASK:
+            raise KvmError(errno.EINVAL, f"the flags of a redistributor region must be 0, in {value:#x}")
+        if base + size >= TOP:
+            raise KvmError(errno.EINVAL, f"redistributors from {base:#x} wrap around the end of memory")
+        expected = self.regions[-1].index + 1 if self.regions else 0
+        if index != expected:
+            raise KvmError(errno.EINVAL, f"the next redistributor region has index {expected}, not {index}")
+        for region in self.regions:
+            if _overlap(base, size, region.base, self._size(region)):
+                raise KvmError(errno.EINVAL, f"region {index} at {base:#x} overlaps region {region.index}")
+        self._add(Region(index, base, count), size)
+
+    def region(self, index: int) -> Region:
+        """The region with that index. KvmError(ENOENT)."""
+        for region in self.regions:
+            if region.index == index & REGION_INDEX_MASK:
+                return region
+        raise KvmError(errno.ENOENT, f"there is no redistributor region {index & REGION_INDEX_MASK}")
+
+    def _add(self, region: Region, size: int) -> None:
+        self._check_range("redistributor region", region.base, size)
+        self.regions.append(region)
+        try:
+            for cpu in self.vgic.cpus:
+                self.place(cpu)
+        except KvmError:
+            self.regions.pop()
+            raise
+
+    # -- placing ---------------------------------------------------------------------------------------------
+
+    def check_placement(self) -> None:
+        """Whether a new vCPU's redistributor may be placed. KvmError(EINVAL)."""
+        if any(not region.full for region in self.regions):
+            self._check_layout()
+
+    def place(self, cpu: VgicV3Cpu) -> None:
+        """Give ``cpu`` the next free place, if there is one and it has none."""
+        if cpu.region is not None:
+            return
+        region = next((region for region in self.regions if not region.full), None)
+        if region is None:
+            return
+        self._check_layout()
+        cpu.region = region
+        cpu.slot = region.used
+        region.used += 1
+        self._map(region.base + cpu.slot * GICR_SIZE, GICR_SIZE, RedistributorFrame(cpu))
+
+    def is_last(self, cpu: VgicV3Cpu) -> bool:
+        """GICR_TYPER.Last: nothing follows ``cpu`` in its run of redistributors."""
+        region = cpu.region
+        if not isinstance(region, Region) or cpu.slot < region.used - 1:
+            return False
+        if region.count and cpu.slot == region.count - 1:
+            end = region.base + region.count * GICR_SIZE
+            return not any(other.base == end and other.used for other in self.regions)
+        return True
+
+    def first_run(self) -> None:
+        """What the first KVM_RUN checks of the frames; then the distributor answers.
+
+        Raises:
+            KvmError: ENXIO when a frame has no place, EINVAL when they overlap or leave the address space.
+        """
+        for cpu in self.vgic.cpus:
+            if cpu.region is None:
+                raise KvmError(errno.ENXIO, f"vCPU {cpu.index} has no redistributor")
+        if self.distributor == UNDEFINED:
+            raise KvmError(errno.ENXIO, "the distributor has no address")
+        self._check_layout()
+
+    def map_distributor(self) -> None:
+        """Have the distributor answer."""
+        self.mapped = True
+        self._map(self.distributor, GICD_SIZE, DistributorFrame(self.vgic))
+
+    def _map(self, base: int, size: int, frame: DistributorFrame | RedistributorFrame) -> None:
+        # KVM's bus takes overlapping frames; the one registered first answers.
+        self.vgic.vm.mmio.add(base, size, frame, shadow=True)
+
+    # -- checks ----------------------------------------------------------------------------------------------
+
+    def _size(self, region: Region) -> int:
+        return (region.count or len(self.vgic.cpus)) * GICR_SIZE
+
+    def _check_range(self, what: str, base: int, size: int) -> None:
+        if base % ALIGNMENT:
+            raise KvmError(errno.EINVAL, f"{what} base {base:#x} is not 64 KiB aligned")
+        if base + size >= TOP:
+            raise KvmError(errno.EINVAL, f"{what} from {base:#x} wraps around the end of memory")
+        limit = 1 << self.vgic.vm.ipa_bits
+        if base >= limit or base + size > limit:
+            raise KvmError(errno.E2BIG, f"{what} at {base:#x} lies beyond the guest address space of {limit:#x}")
+
+    def _check_layout(self) -> None:
+        """The frames lie apart and within the address space. KvmError(EINVAL)."""
+        limit = 1 << self.vgic.vm.ipa_bits
+        for region in self.regions:
+            size = self._size(region)
+            if region.base + size > limit:
+                raise KvmError(errno.EINVAL, f"region {region.index} ends beyond {limit:#x}")
+            if self.distributor != UNDEFINED and _overlap(region.base, size, self.distributor, GICD_SIZE):
+                raise KvmError(errno.EINVAL, f"region {region.index} overlaps the distributor")
+
+
+def _overlap(base: int, size: int, other: int, other_size: int) -> bool:
+    return base + size > other and base < other + other_size
