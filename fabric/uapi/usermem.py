@@ -19,9 +19,12 @@ import os
 import threading
 from bisect import bisect_right
 from sys import byteorder
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fabric.errors import KvmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
@@ -167,9 +170,7 @@ class ProcessMemory:
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
-        self._readv = libc.process_vm_readv
-        self._writev = libc.process_vm_writev
-        for function in (self._readv, self._writev):
+        for function in (libc.process_vm_readv, libc.process_vm_writev):
             function.restype = ctypes.c_ssize_t
             # pid, local vectors and their count, remote vectors and their count, flags
             function.argtypes = (
@@ -180,6 +181,8 @@ class ProcessMemory:
                 ctypes.c_ulong,
                 ctypes.c_ulong,
             )
+        self._readv: Callable[..., int] = libc.process_vm_readv
+        self._writev: Callable[..., int] = libc.process_vm_writev
         self._scratch = _Scratch()
         self._usable = True
 
