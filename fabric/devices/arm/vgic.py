@@ -516,5 +516,5 @@ class Vgic:
                 continue
             assert entry[2] is irq
             assert irq.active or (irq.enabled and irq.asserted)
-            queued = entry in entry[3].queue or entry in entry[3].queue0
+            queued = any(other is entry for other in (*entry[3].queue, *entry[3].queue0))
             assert queued != irq.active

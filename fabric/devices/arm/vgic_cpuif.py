@@ -63,6 +63,12 @@ class VgicV3Cpu(VgicCpu):
         """What ``msr`` of an ICC register does. KeyError for a name that is not writable."""
         ICC_WRITE[name](self, value)
 
+    def load(self) -> None:
+        """KVM_RUN puts the interface on the hardware, which raises the binary points to what it can do."""
+        self.bpr0 = self.effective_bpr0()
+        if not self.cbpr:
+            self.bpr1 = self.effective_bpr1()
+
     def effective_bpr0(self) -> int:
         """ICC_BPR0_EL1 as the hardware has it: not below what the priority bits allow."""
         return max(self.bpr0, MIN_BPR0)

@@ -393,7 +393,7 @@ class VgicCpu:
         for group, queue in enumerate((self.queue0, self.queue)):
             assert not queue or queue[0][2].entry is queue[0]
             for child in range(1, len(queue)):
-                assert queue[(child - 1) // 2][:2] < queue[child][:2]
+                assert queue[(child - 1) // 2][:2] <= queue[child][:2]
             for entry in queue:
                 irq = entry[2]
                 if irq.entry is entry:

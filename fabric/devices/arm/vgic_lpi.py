@@ -21,8 +21,25 @@ if TYPE_CHECKING:
 PROPBASER_ADDRESS = 0x000F_FFFF_FFFF_F000
 PENDBASER_ADDRESS = 0x000F_FFFF_FFFF_0000
 PENDBASER_PTZ = 1 << 62
+PROPBASER_FIELDS = 0x070F_FFFF_FFFF_FF9F
+PENDBASER_FIELDS = 0x470F_FFFF_FFFF_0F80
 CONFIG_ENABLE = 1 << 0
 CONFIG_PRIORITY = 0xFC
+
+
+def sanitise_baser(value: int) -> int:
+    """The memory attributes of a table base register as KVM keeps them; the other bits as they are.
+
+    Shareability (11:10): outer becomes inner. Inner cacheability (9:7): non-cacheable becomes read-allocate
+    write-back. Outer cacheability (58:56): all but non-cacheable becomes "same as inner".
+    """
+    if value >> 10 & 3 == 2:
+        value ^= 3 << 10
+    if value >> 7 & 7 <= 1:
+        value = value & ~(7 << 7) | 3 << 7
+    if value >> 56 & 7 != 1:
+        value &= ~(7 << 56)
+    return value
 
 
 def load_config(vgic: Vgic, irq: VgicIrq) -> None:

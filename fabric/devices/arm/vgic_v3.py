@@ -22,7 +22,6 @@ from fabric.uapi import arm64 as uapi
 if TYPE_CHECKING:
     from fabric.devices.base import VcpuServices, VmServices
 
-PROPBASER_RESET = 0x780
 MIN_NR_IRQS = 64
 MAX_NR_IRQS = 992
 """The documents say 1024, and the kernel refuses it."""
@@ -42,7 +41,6 @@ class VgicV3(Vgic):
         self.lpi_id_bits: int = vm.options.get("lpi_id_bits", 16)
         self.vgic = self  # register handlers serve the distributor and the redistributors alike
         super().__init__(vm)
-        self.propbaser = PROPBASER_RESET
 
     @classmethod
     def supported(cls, options: dict[str, Any]) -> bool:

@@ -249,7 +249,7 @@ def _propbaser(cpu: VgicV3Cpu) -> int:
 
 def _set_propbaser(cpu: VgicV3Cpu, value: int) -> None:
     if not cpu.lpis_enabled:
-        cpu.vgic.propbaser = value
+        cpu.vgic.propbaser = vgic_lpi.sanitise_baser(value & vgic_lpi.PROPBASER_FIELDS)
 
 
 def _pendbaser(cpu: VgicV3Cpu) -> int:
@@ -258,7 +258,7 @@ def _pendbaser(cpu: VgicV3Cpu) -> int:
 
 def _set_pendbaser(cpu: VgicV3Cpu, value: int) -> None:
     if not cpu.lpis_enabled:
-        cpu.pendbaser = value
+        cpu.pendbaser = vgic_lpi.sanitise_baser(value & vgic_lpi.PENDBASER_FIELDS)
 
 
 def _invlpi(cpu: VgicV3Cpu, value: int) -> None:
@@ -272,11 +272,10 @@ def _invall(cpu: VgicV3Cpu, _value: int) -> None:
         vgic_lpi.reload_all(cpu.vgic, cpu)
 
 
-def _sgi(name: str) -> str:
+def _r(name: str) -> str:
     return f"vgic-v3.reg.gicr.{name}"
 
 
-_r = _sgi
 _N = NR_PRIVATE_IRQS
 
 GICR = RegisterBlock(
@@ -286,7 +285,7 @@ GICR = RegisterBlock(
         Register(0x0000, "GICR_CTLR", RW, read=_rd_ctlr, write=_set_rd_ctlr, id=_r("ctlr")),
         Register(0x0004, "GICR_IIDR", RO, read=_rd_iidr, id=_r("iidr")),
         Register(0x0008, "GICR_TYPER", RO, read=_rd_typer, length=8, widths=(4, 8), id=_r("typer")),
-        Register(0x0010, "GICR_STATUSR", RAZ_WI, id=_r("statusr"), modelled=False),
+        # GICR_STATUSR at 0x10 reads zero and ignores writes like any offset without a register.
         Register(0x0014, "GICR_WAKER", RAZ_WI, id=_r("waker"), modelled=False),
         Register(
             0x0070, "GICR_PROPBASER", RW, read=_propbaser, write=_set_propbaser, length=8, widths=(4, 8),
