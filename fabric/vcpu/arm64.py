@@ -1,0 +1,191 @@
+"""The arm64 vCPU: system registers, PSCI, the generic timers.
+
+System registers go by their Arm names: the ICC_* CPU interface of the GIC, ISR_EL1, MPIDR_EL1, the timers
+(CNT*_EL0) and DAIF. Hypercalls are PSCI (Arm DEN 0022): a vCPU turns others on and off, and ends the machine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fabric.clock.arch_timer import ArchTimers
+from fabric.devices.arm.vgic_cpuif import ICC_READ, ICC_WRITE
+from fabric.uapi.kvm import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
+from fabric.vcpu.cpu import Cpu
+from fabric.vcpu.exits import SystemEventExit
+from fabric.vcpu.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fabric.clock.arch_timer import ArchCounter
+    from fabric.clock.engine import Engine
+    from fabric.devices.base import VmServices
+
+PSCI_VERSION = 0x8400_0000
+PSCI_CPU_OFF = 0x8400_0002
+PSCI_CPU_ON = 0xC400_0003
+PSCI_AFFINITY_INFO = 0xC400_0004
+PSCI_SYSTEM_OFF = 0x8400_0008
+PSCI_SYSTEM_RESET = 0x8400_0009
+
+PSCI_SUCCESS = 0
+PSCI_NOT_SUPPORTED = -1
+PSCI_INVALID_PARAMETERS = -2
+PSCI_ALREADY_ON = -4
+
+AFFINITY_MASK = 0xFF_00FF_FFFF
+"""Aff3..Aff0 of MPIDR_EL1."""
+DAIF_I = 1 << 1
+"""The IRQ bit in the immediate of DAIFSet and DAIFClr."""
+PSTATE_I = 1 << 7
+"""The IRQ bit of DAIF as a register."""
+
+_TRAPPED = frozenset({"ICC_SGI1R_EL1", "ICC_ASGI1R_EL1", "ICC_SGI0R_EL1"})
+"""Writes that KVM has to emulate: the hardware's CPU interface cannot reach another vCPU."""
+_EOI = frozenset({"ICC_EOIR0_EL1", "ICC_EOIR1_EL1"})
+
+
+class Arm64Cpu(Cpu):
+    """What an arm64 guest program runs on. ``cpu.mrs(name)``, ``cpu.msr(name, value)``, ``cpu.hvc(...)``."""
+
+    __slots__ = ()
+
+    _vcpu: Arm64Vcpu
+
+    async def mrs(self, name: str) -> int:
+        """Read system register ``name``. ValueError for a name that is not modelled or not readable."""
+        read = ICC_READ.get(name)
+        if read is not None:
+            interface = self._vcpu.cpu_interface
+            if interface is not None:
+                return read(interface)
+        other = _READ.get(name)
+        if other is None:
+            raise ValueError(_unknown(name, "mrs", {**ICC_READ, **_READ}))
+        return other(self)
+
+    async def msr(self, name: str, value: int) -> None:
+        """Write system register ``name``; DAIFSet and DAIFClr take their immediate."""
+        write = ICC_WRITE.get(name)
+        if write is not None:
+            vcpu = self._vcpu
+            interface = vcpu.cpu_interface
+            if interface is not None:
+                costs = vcpu.costs
+                if costs.exit_ns and name in _TRAPPED:
+                    await self._spend(costs.exit_ns)
+                elif costs.eoi_ns and name in _EOI:
+                    await self._spend(costs.eoi_ns)
+                write(interface, value)
+                return
+        other = _WRITE.get(name)
+        if other is None:
+            raise ValueError(_unknown(name, "msr", {**ICC_WRITE, **_WRITE}))
+        other(self, value)
+
+    async def hvc(self, function: int, *args: int) -> int:
+        """A hypercall: PSCI function and arguments (x0 first); the result, negative for an error."""
+        if self._vcpu.costs.exit_ns:
+            await self._spend(self._vcpu.costs.exit_ns)
+        if function in (PSCI_SYSTEM_OFF, PSCI_SYSTEM_RESET):
+            event = KVM_SYSTEM_EVENT_SHUTDOWN if function == PSCI_SYSTEM_OFF else KVM_SYSTEM_EVENT_RESET
+            return int(await self._leave(SystemEventExit(event)))
+        return self._vcpu.psci(function, args)
+
+    async def system_off(self) -> None:
+        """PSCI SYSTEM_OFF: the VMM gets KVM_EXIT_SYSTEM_EVENT."""
+        await self.hvc(PSCI_SYSTEM_OFF)
+
+
+class Arm64Vcpu(Vcpu):
+    """An arm64 vCPU: affinity, features and timers besides what every vCPU has."""
+
+    cpu_class = Arm64Cpu
+
+    def __init__(self, vm: VmServices, vcpu_id: int, index: int, engine: Engine | None, counter: ArchCounter) -> None:
+        super().__init__(vm, vcpu_id, index, engine)
+        self.initialized = False
+        self.features: frozenset[int] = frozenset()
+        """KVM_ARM_VCPU_* features given to KVM_ARM_VCPU_INIT."""
+        self.timers = ArchTimers(counter, name=f"vcpu{vcpu_id}")
+
+    def entering(self) -> None:
+        """The timers' lines follow the timers while the vCPU is in KVM_RUN."""
+        self.timers.load()
+
+    def leaving(self) -> None:
+        """The lines stand still until the next KVM_RUN."""
+        self.timers.put()
+
+    def psci(self, function: int, args: tuple[int, ...]) -> int:
+        """PSCI functions that concern vCPUs."""
+        if function == PSCI_VERSION:
+            return 1 << 16
+        if function == PSCI_CPU_OFF:
+            raise ValueError("PSCI CPU_OFF: return from the program instead")
+        if function not in (PSCI_CPU_ON, PSCI_AFFINITY_INFO):
+            return PSCI_NOT_SUPPORTED
+        target: Any = None
+        for vcpu in self.vm.vcpus:
+            if args and vcpu.mpidr & AFFINITY_MASK == args[0] & AFFINITY_MASK:
+                target = vcpu
+        if target is None:
+            return PSCI_INVALID_PARAMETERS
+        if function == PSCI_AFFINITY_INFO:
+            return int(target.powered_off)
+        if not target.powered_off:
+            return PSCI_ALREADY_ON
+        target.power_on()
+        return PSCI_SUCCESS
+
+
+def _read_daif(cpu: Arm64Cpu) -> int:
+    return PSTATE_I if cpu.masked else 0
+
+
+def _write_daif(cpu: Arm64Cpu, value: int) -> None:
+    if value & PSTATE_I:
+        cpu.mask()
+    else:
+        cpu.unmask()
+
+
+def _daif_set(cpu: Arm64Cpu, value: int) -> None:
+    if value & DAIF_I:
+        cpu.mask()
+
+
+def _daif_clear(cpu: Arm64Cpu, value: int) -> None:
+    if value & DAIF_I:
+        cpu.unmask()
+
+
+def _timer_read(name: str) -> Callable[[Arm64Cpu], int]:
+    read = ArchTimers.READ[name]
+    return lambda cpu: read(cpu._vcpu.timers)
+
+
+def _timer_write(name: str) -> Callable[[Arm64Cpu, int], None]:
+    write = ArchTimers.WRITE[name]
+    return lambda cpu, value: write(cpu._vcpu.timers, value)
+
+
+_READ: dict[str, Callable[[Arm64Cpu], int]] = {
+    "MPIDR_EL1": lambda cpu: cpu._vcpu.mpidr,
+    "DAIF": _read_daif,
+    **{name: _timer_read(name) for name in ArchTimers.READ},
+}
+
+_WRITE: dict[str, Callable[[Arm64Cpu, int], None]] = {
+    "DAIF": _write_daif,
+    "DAIFSet": _daif_set,
+    "DAIFClr": _daif_clear,
+    **{name: _timer_write(name) for name in ArchTimers.WRITE},
+}
+
+
+def _unknown(name: str, instruction: str, known: dict[str, Any]) -> str:
+    if name in ICC_READ or name in ICC_WRITE:
+        return f"{instruction} of {name}: it cannot be accessed so, or the VM has no GICv3"
+    return f"{instruction} of {name!r}: must be one of {', '.join(sorted(known))}"

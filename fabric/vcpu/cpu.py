@@ -1,0 +1,196 @@
+"""What a guest program sees of its CPU: time, interrupts, memory.
+
+A program is ``async def program(cpu)``. Here is what every architecture's ``cpu`` has; the architecture's own
+registers and calls are in its module (:mod:`fabric.vcpu.arm64`).
+
+A program starts with interrupts masked. Interrupts are taken only inside :meth:`Cpu.compute` and
+:meth:`Cpu.wait_for_interrupt`, by awaiting the handler that :meth:`Cpu.set_vector` names, with interrupts masked;
+when it returns they are unmasked again. A program that polls never unmasks: it waits, then acknowledges.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+from fabric.clock.hosted import Leave
+from fabric.memory import GuestMemory
+from fabric.vcpu.exits import INTERRUPTED, MmioExit
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+
+    from fabric.vcpu.vcpu import Vcpu
+
+_READ = {1: GuestMemory.read_u8, 2: GuestMemory.read_u16, 4: GuestMemory.read_u32, 8: GuestMemory.read_u64}
+_WRITE = {1: GuestMemory.write_u8, 2: GuestMemory.write_u16, 4: GuestMemory.write_u32, 8: GuestMemory.write_u64}
+
+
+class Cpu:
+    """The CPU a guest program runs on."""
+
+    __slots__ = ("_engine", "_vcpu", "_vector", "masked")
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self._vcpu = vcpu
+        self._engine: Any = vcpu.engine
+        self._vector: Callable[[Any], Awaitable[object]] | None = None
+        self.masked = True
+        """Interrupts are masked (ARM: PSTATE.I)."""
+
+    @property
+    def number(self) -> int:
+        """Which vCPU this is, in creation order."""
+        return self._vcpu.index
+
+    @property
+    def now(self) -> int:
+        """Virtual time in ns. A convenience: a guest would read a counter."""
+        now: int = self._engine.now
+        return now
+
+    def set_vector(self, handler: Callable[[Any], Awaitable[object]]) -> None:
+        """Have interrupts taken by ``await handler(cpu)``."""
+        self._vector = handler
+
+    def unmask(self) -> None:
+        """Let interrupts be taken. One that is pending is taken at the next ``compute`` or wait."""
+        if self._vector is None:
+            raise RuntimeError("the program unmasks interrupts without a handler: call cpu.set_vector first")
+        self.masked = False
+
+    def mask(self) -> None:
+        """Let no interrupt be taken."""
+        self.masked = True
+
+    @types.coroutine
+    def compute(self, ns: int) -> Generator[Any, Any, None]:
+        """Use ``ns`` of CPU time. Interrupts that come meanwhile are taken inside it and take their own time."""
+        if ns < 0:
+            raise ValueError(f"cannot compute for {ns} ns")
+        vcpu = self._vcpu
+        engine = self._engine
+        host = vcpu.host
+        left = ns
+        while True:
+            if vcpu.disturbed:
+                yield from self._settle()
+            if host is not None:
+                yield from host.acquire(vcpu)
+            if not self.masked and vcpu.cpu_interface.line:
+                yield from self._take_interrupts()
+                continue
+            if left <= 0:
+                return
+            turn = left
+            if host is not None:
+                turn = min(left, host.slice_left(vcpu))
+                if not turn:
+                    host.release(vcpu)
+                    continue
+            started = engine.now
+            task = engine.current
+            engine.wake_at(task, started + turn)
+            task.waits = vcpu
+            if not self.masked:
+                vcpu.wakeable = task
+            yield
+            vcpu.wakeable = None
+            left -= engine.now - started - vcpu.absent_ns
+
+    @types.coroutine
+    def wait_for_interrupt(self) -> Generator[Any, Any, None]:
+        """Halt until an interrupt can be taken, and take it unless masked (ARM: WFI)."""
+        vcpu = self._vcpu
+        interface = vcpu.cpu_interface
+        if not interface.line:
+            if vcpu.host is not None:
+                vcpu.host.release(vcpu)
+            while True:
+                task = self._engine.current
+                task.waits = vcpu
+                vcpu.wakeable = task
+                yield
+                vcpu.wakeable = None
+                if vcpu.disturbed:
+                    yield from self._settle()
+                if interface.line:
+                    break
+            if vcpu.costs.wakeup_ns:
+                yield from self._spend(vcpu.costs.wakeup_ns)
+        if not self.masked:
+            yield from self._take_interrupts()
+
+    async def load(self, gpa: int, size: int) -> int:
+        """Read ``size`` (1, 2, 4, 8) bytes at guest physical ``gpa``: RAM, an in-kernel device, or the VMM."""
+        vcpu = self._vcpu
+        memory = vcpu.vm.memory
+        if memory.is_backed(gpa, size):
+            return _READ[size](memory, gpa)
+        found = vcpu.vm.mmio.find(gpa, size)
+        if vcpu.costs.exit_ns:
+            await self._spend(vcpu.costs.exit_ns)
+        if found is not None:
+            handler, offset = found
+            value: int = handler.mmio_read(offset, size, vcpu)
+            return value
+        return int(await self._leave(MmioExit(gpa, size, None)))
+
+    async def store(self, gpa: int, size: int, value: int) -> None:
+        """Write the low ``size`` (1, 2, 4, 8) bytes of ``value`` at guest physical ``gpa``."""
+        vcpu = self._vcpu
+        memory = vcpu.vm.memory
+        value &= (1 << 8 * size) - 1
+        if memory.is_writable(gpa, size):
+            _WRITE[size](memory, gpa, value)
+            return
+        found = vcpu.vm.mmio.find(gpa, size)
+        if vcpu.costs.exit_ns:
+            await self._spend(vcpu.costs.exit_ns)
+        if found is not None:
+            handler, offset = found
+            handler.mmio_write(offset, size, value, vcpu)
+            return
+        await self._leave(MmioExit(gpa, size, value))
+
+    # Inside.
+
+    @types.coroutine
+    def _take_interrupts(self) -> Generator[Any, Any, None]:
+        """Take interrupts, one after the other, until none can be taken."""
+        vcpu = self._vcpu
+        interface = vcpu.cpu_interface
+        vector: Any = self._vector
+        while interface.line:
+            if vcpu.host is not None:
+                yield from vcpu.host.acquire(vcpu)
+            self.masked = True
+            if vcpu.costs.injection_ns:
+                yield from self._spend(vcpu.costs.injection_ns)
+            yield from vector(self)
+            self.masked = False
+
+    @types.coroutine
+    def _spend(self, ns: int) -> Generator[Any, Any, None]:
+        """Time of the host's on this vCPU: no interrupt is taken in it."""
+        masked, self.masked = self.masked, True
+        yield from self.compute(ns)
+        self.masked = masked
+
+    @types.coroutine
+    def _leave(self, exit_: Any) -> Generator[Any, Any, Any]:
+        """Exit to the VMM; returns what the next KVM_RUN completes the exit with."""
+        vcpu = self._vcpu
+        if vcpu.costs.userspace_exit_ns:
+            yield from self._spend(vcpu.costs.userspace_exit_ns)
+        return (yield Leave(exit_))
+
+    @types.coroutine
+    def _settle(self) -> Generator[Any, Any, None]:
+        """After KVM_RUN was left and entered again in the middle of a wait, or when it is to be left now."""
+        vcpu = self._vcpu
+        vcpu.disturbed = False
+        vcpu.absent_ns = 0
+        if vcpu.interrupted:
+            vcpu.interrupted = False
+            yield Leave(INTERRUPTED)

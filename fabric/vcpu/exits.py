@@ -1,0 +1,98 @@
+"""Exits to the VMM: what KVM_RUN leaves in struct kvm_run, and what completes it.
+
+An exit object says with ``fill`` what goes into the run area when KVM_RUN returns, and with ``complete`` what the
+suspended access gets from it when KVM_RUN is called again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+
+from fabric.uapi.kvm import (
+    KVM_EXIT_MMIO,
+    KVM_EXIT_SYSTEM_EVENT,
+    KVM_RUN_EXIT,
+    KVM_RUN_EXIT_REASON,
+    KvmRunMmio,
+    KvmRunSystemEvent,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    RunArea = memoryview
+
+
+class Exit(Protocol):
+    """Why KVM_RUN returns."""
+
+    def fill(self, run: RunArea) -> None:
+        """Write exit reason and data into the run area."""
+        ...
+
+    def complete(self, run: RunArea) -> int:
+        """The result of the access, taken from the run area."""
+        ...
+
+
+def _exit_reason(run: RunArea, reason: int) -> None:
+    run[KVM_RUN_EXIT_REASON : KVM_RUN_EXIT_REASON + 4] = reason.to_bytes(4, "little")
+
+
+@attrs.frozen
+class MmioExit:
+    """A load (``value`` is None) or store of ``size`` bytes at ``gpa`` that no slot and no device claims."""
+
+    gpa: int
+    size: int
+    value: int | None
+
+    def fill(self, run: RunArea) -> None:
+        """KVM_EXIT_MMIO."""
+        _exit_reason(run, KVM_EXIT_MMIO)
+        data = b"" if self.value is None else self.value.to_bytes(self.size, "little")
+        mmio = KvmRunMmio(
+            phys_addr=self.gpa, data=data.ljust(8, b"\0"), len=self.size, is_write=int(self.value is not None)
+        )
+        run[KVM_RUN_EXIT : KVM_RUN_EXIT + KvmRunMmio.SIZE] = mmio.pack()
+
+    def complete(self, run: RunArea) -> int:
+        """A load gets the first ``size`` bytes of ``kvm_run.mmio.data``."""
+        if self.value is not None:
+            return 0
+        return int.from_bytes(KvmRunMmio.unpack(run[KVM_RUN_EXIT:]).data[: self.size], "little")
+
+
+@attrs.frozen
+class SystemEventExit:
+    """The guest asks for its end or reset: KVM_EXIT_SYSTEM_EVENT with ``type`` and ``data``."""
+
+    type: int
+    data: Sequence[int] = ()
+
+    def fill(self, run: RunArea) -> None:
+        """KVM_EXIT_SYSTEM_EVENT."""
+        _exit_reason(run, KVM_EXIT_SYSTEM_EVENT)
+        words = tuple(self.data) + (0,) * (16 - len(self.data))
+        event = KvmRunSystemEvent(type=self.type, ndata=len(self.data), data=words)
+        run[KVM_RUN_EXIT : KVM_RUN_EXIT + KvmRunSystemEvent.SIZE] = event.pack()
+
+    def complete(self, run: RunArea) -> int:
+        """Nothing is returned."""
+        return 0
+
+
+class _Interrupted:
+    """KVM_RUN was interrupted: it fails with EINTR and leaves the run area alone."""
+
+    def fill(self, run: RunArea) -> None:
+        """Nothing."""
+
+    def complete(self, run: RunArea) -> int:
+        """The program goes on where it was."""
+        return 0
+
+
+INTERRUPTED = _Interrupted()

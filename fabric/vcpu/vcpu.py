@@ -1,0 +1,244 @@
+"""A vCPU: who it is, its run area, and KVM_RUN.
+
+A vCPU is an architecture's CPU interface plus an *executor* of guest code. The executor here is a coroutine,
+``program(cpu)``: KVM_RUN runs it in the place of the calling task until it exits. It stays suspended in the
+access that exited, and the next KVM_RUN completes that access and goes on. Cancelling a KVM_RUN takes the vCPU
+off the CPU where it is: what it was computing goes on when it is run again.
+"""
+
+from __future__ import annotations
+
+import errno
+import types
+from typing import TYPE_CHECKING, Any
+
+from fabric.clock import Priority
+from fabric.clock.hosted import Nested
+from fabric.clock.waiting import WaitQueue
+from fabric.errors import KvmError
+from fabric.uapi.kvm import KVM_RUN_IMMEDIATE_EXIT
+from fabric.vcpu.cpu import Cpu
+from fabric.vcpu.exits import INTERRUPTED
+from fabric.vcpu.host import Costs, Host, StealWait
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+
+    from fabric.clock.engine import Engine
+    from fabric.clock.hosted import Hosted
+    from fabric.devices.base import VmServices
+    from fabric.vcpu.exits import Exit
+
+    Program = Callable[[Any], Awaitable[object]]
+
+RUN_AREA_SIZE = 8192
+"""KVM_GET_VCPU_MMAP_SIZE: struct kvm_run and the ring of coalesced MMIO, a page each."""
+
+
+class Vcpu:
+    """One vCPU of a VM; what devices see of it is :class:`fabric.devices.base.VcpuServices`.
+
+    Args:
+      vm: its VM.
+      vcpu_id: the id given to KVM_CREATE_VCPU.
+      index: its place in creation order.
+      engine: the simulation it runs in; None outside of one, where everything but running works.
+    """
+
+    cpu_class: type[Cpu] = Cpu
+
+    def __init__(self, vm: VmServices, vcpu_id: int, index: int, engine: Engine | None) -> None:
+        self.vm = vm
+        self.vcpu_id = vcpu_id
+        self.index = index
+        self.engine = engine
+        self.mpidr = 0
+        self.initialized = True
+        self.has_run = False
+        self.running = False
+        self.powered_off = False
+        """Stopped (MP_STATE_STOPPED): KVM_RUN waits until another vCPU powers it on."""
+        self.cpu_interface: Any = None
+        self.costs = Costs()
+        self.stolen_ns = 0
+        """Time it was ready to run and had no physical CPU."""
+        self.pcpu: int | None = None
+        """The physical CPU it holds, where they are scarce."""
+        self.wakeable: Hosted | None = None
+        """Its task, while an interrupt may wake it."""
+        self.disturbed = False
+        """KVM_RUN was re-entered in the middle of a wait, or is to be left."""
+        self.interrupted = False
+        self.absent_ns = 0
+        """How long it was out of KVM_RUN within the wait it is in."""
+        self.run_area = bytearray(RUN_AREA_SIZE)
+        self.run_view = memoryview(self.run_area)
+        self._host: Host | None = None
+        self._steal_wait: StealWait | None = None
+        self._program: Program | None = None
+        self._guest: Any = None
+        self._exit: Exit | None = None
+        self._completed: Any = None
+        """The result of the last exit, for the access that waits for it."""
+        self._task: Hosted | None = None
+        self._left_at: int | None = None
+        self._turn = WaitQueue(engine, f"KVM_RUN of vCPU {vcpu_id} to be free") if engine is not None else None
+        self._power = WaitQueue(engine, f"vCPU {vcpu_id} to be powered on") if engine is not None else None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.vcpu_id}>"
+
+    @property
+    def host(self) -> Host | None:
+        """The physical CPUs it shares with others; None while there is one for every vCPU."""
+        return self._host
+
+    @host.setter
+    def host(self, host: Host | None) -> None:
+        self._host = host
+        self._steal_wait = None if host is None else StealWait(host, self)
+
+    @property
+    def steal_wait(self) -> StealWait:
+        """What it waits for while others have the physical CPUs."""
+        assert self._steal_wait is not None
+        return self._steal_wait
+
+    def load(self, program: Program) -> None:
+        """Give it its guest. TypeError unless callable; EBUSY once it has run."""
+        if not callable(program):
+            raise TypeError(f"a guest program must be an async function of one argument, not {program!r}")
+        if self._guest is not None:
+            raise KvmError(errno.EBUSY, f"vCPU {self.vcpu_id} has begun to run its program: load comes before that")
+        self._program = program
+
+    # What interrupt controllers and waits call.
+
+    def kick(self) -> None:
+        """An interrupt can be taken: wake the vCPU if it halts or computes with interrupts unmasked."""
+        task = self.wakeable
+        if task is not None:
+            self.wakeable = None
+            self.engine.wake(task)  # type: ignore[union-attr]  # only a task of an engine is wakeable
+
+    def forget(self, task: Hosted) -> None:
+        """The task of a KVM_RUN that blocks in the guest was cancelled."""
+        self.wakeable = None
+
+    def describe(self) -> str:
+        """What it waits for, for deadlock reports."""
+        return f"an interrupt to vCPU {self.vcpu_id}"
+
+    # KVM_RUN.
+
+    async def run(self) -> int:
+        """KVM_RUN after its first-run checks: run the guest until it exits; 0, with the exit in the run area.
+
+        Raises:
+          KvmError: EINTR when ``immediate_exit`` is set or :meth:`interrupt` was called.
+          RuntimeError: outside a simulation, or without a program.
+        """
+        engine = self.engine
+        if engine is None or self._turn is None or self._power is None:
+            raise RuntimeError("KVM_RUN needs a simulation: make the Kvm inside fabric.run(...)")
+        while self.running:
+            await self._turn.wait()
+        if self._exit is not None:
+            # Also with immediate_exit: that is how a VMM completes an exit before it saves the vCPU.
+            self._completed = self._exit.complete(self.run_view)
+            self._exit = None
+        if self.run_area[KVM_RUN_IMMEDIATE_EXIT]:
+            raise KvmError(errno.EINTR, "immediate_exit is set in the run area")
+        task = engine.blocking_task()
+        priority = task.priority
+        self.running = True
+        self._task = task
+        try:
+            self.has_run = True
+            self.entering()
+            task.priority = Priority.VCPU
+            while True:
+                while self.powered_off:
+                    if self.interrupted:
+                        self._eintr()
+                    await self._power.wait()
+                left = await self._enter(engine)
+                if left is INTERRUPTED:
+                    self._eintr()
+                if left is not None:
+                    break
+                # The program returned: the CPU is off until somebody turns it on, and then starts afresh.
+                self._guest = None
+                self.powered_off = True
+        finally:
+            task.priority = priority
+            self.running = False
+            self._task = None
+            self.disturbed = False
+            self.interrupted = False
+            if self._host is not None:
+                self._host.release(self)
+            self.leaving()
+            self._turn.wake_one()
+        self._exit = left
+        left.fill(self.run_view)
+        return 0
+
+    def interrupt(self) -> None:
+        """Have the KVM_RUN under way fail with EINTR, as a signal to its thread would. Without one: nothing."""
+        task = self._task
+        if task is None or self.engine is None or self._power is None:
+            return
+        self.disturbed = self.interrupted = True
+        if task.waits is self:
+            self.wakeable = None
+            self.engine.wake(task)
+        elif task in self._power.waiters:
+            self._power.forget(task)
+            self.engine.wake(task)
+
+    def power_on(self) -> None:
+        """Start a vCPU that is off; its program begins anew."""
+        self.powered_off = False
+        if self._power is not None:
+            self._power.wake_all()
+
+    def power_off(self) -> None:
+        """Stop for good (until powered on): the next KVM_RUN waits."""
+        self.powered_off = True
+
+    def entering(self) -> None:
+        """KVM_RUN begins to run the guest."""
+
+    def leaving(self) -> None:
+        """KVM_RUN ends."""
+
+    def _eintr(self) -> None:
+        self.interrupted = False
+        raise KvmError(errno.EINTR, f"KVM_RUN of vCPU {self.vcpu_id} was interrupted")
+
+    @types.coroutine
+    def _enter(self, engine: Engine) -> Generator[Any, Any, Any]:
+        """Run the guest program in the place of this coroutine until it leaves or returns."""
+        value, self._completed = self._completed, None
+        if self._guest is None:
+            if self._program is None:
+                raise RuntimeError(f"vCPU {self.vcpu_id} has no program: call kvm.load(vcpu_fd, program) first")
+            self._guest = self._program(self.cpu_class(self))
+            if not hasattr(self._guest, "send"):
+                raise TypeError(f"a guest program must be an async function, {self._program!r} is not")
+        elif self._left_at is not None:
+            self.absent_ns = engine.now - self._left_at
+            self._left_at = None
+            self.disturbed = True
+        try:
+            return (yield Nested(self._guest, value, self._aborted))
+        except BaseException:
+            if self._left_at is None:
+                self._guest = None  # it raised, so there is nothing to go on with
+            raise
+
+    def _aborted(self) -> None:
+        """KVM_RUN is cancelled while the guest waits: it keeps its place."""
+        assert self.engine is not None
+        self._left_at = self.engine.now
