@@ -47,6 +47,8 @@ _LINE = re.compile(
     r"(\S.*)"  # EVENT: FIELDS
 )
 _EVENT = re.compile(r"(?:[\w-]+:)?([\w.-]+):(?:\s+(.*))?$")
+# An interrupt of KVM that takes no vector of its own on its way to a vCPU.
+_MUTED = re.compile(r"masked|\(coalesced\)|\((?:NMI|INIT|SIPI|SMI|ExtINT)\|")
 _COUNTS = re.compile(r"# entries-in-buffer/entries-written:\s*(\d+)/(\d+)\s+#P:(\d+)")
 _TRACER = re.compile(r"# tracer: (\S+)")
 _CPUS = re.compile(r"(?:# nrcpus online :|cpus=)\s*(\d+)")
@@ -99,10 +101,10 @@ _ROWS = {
         KVM_LINE,
         r"Inject (?P<name>.+?)(?: interrupt)? \(\d+\), vcpu->idx: (?P<target>-?\d+), num: (?P<vector>\d+),"
         r" level: (?P<level>\d)",
-        "{name} {vector}",
+        "intid {vector}",
     ),
     "kvm_timer_update_irq": _row(
-        KVM_LINE, r"VCPU: (?P<target>-?\d+), IRQ (?P<vector>\d+), level (?P<level>\d)", "IRQ {vector}"
+        KVM_LINE, r"VCPU: (?P<target>-?\d+), IRQ (?P<vector>\d+), level (?P<level>\d)", "intid {vector}"
     ),
     "kvm_pic_set_irq": _row(KVM_ROUTED, r"chip (?P<chip>\d+) pin (?P<vector>\d+) \(", "pic {chip} pin {vector}"),
     "kvm_ioapic_set_irq": _row(
@@ -116,7 +118,7 @@ _ROWS = {
         KVM_ACCEPTED, r"apicid (?P<target_x>[0-9a-f]+) vec (?P<vector>\d+) \(", "vec {vector}"
     ),
     "vgic_update_irq_pending": _row(
-        KVM_ACCEPTED, r"VCPU: (?P<target>-?\d+), IRQ (?P<vector>\d+), level: (?P<level>\d)", "IRQ {vector}"
+        KVM_ACCEPTED, r"VCPU: (?P<target>-?\d+), IRQ (?P<vector>\d+), level: (?P<level>\d)", "intid {vector}"
     ),
     "kvm_inj_virq": _row(
         KVM_INJECTED, rf"(?:irq|IRQ|Soft/INTn) (?P<vector>{_HEX})", "vec {vector}"
@@ -150,7 +152,7 @@ class TraceEvent:
     target: int
     """The CPU, APIC id or vCPU it is for; -1 where the event does not say."""
     value: int
-    """0 for a line that was lowered, a masked or coalesced pin, a handler that did not know the irq; else 1."""
+    """0 for a lowered line, a masked or coalesced pin, an NMI, INIT or SIPI, an unhandled irq; else 1."""
     pid: int
     comm: str
 
@@ -301,7 +303,7 @@ def _interpret(body: str) -> _Meaning:
     if not source:
         named = "name" in groups or "{name}" not in row.source
         source = row.source.format_map({**groups, "vector": vector}) if named else f"irq {vector}"
-    muted = "masked" in fields or "(coalesced)" in fields
+    muted = _MUTED.search(fields) is not None
     unhandled = groups.get("result") in ("unhandled", "0")
     value = 0 if groups.get("level") == "0" or muted or unhandled else 1
     return _Meaning(name, row.kind, source, vector, _targets(groups), value)
