@@ -1,0 +1,468 @@
+"""The interrupt translation service (ITS): MSI writes become LPIs.
+
+A device raises an MSI by writing an event id to the doorbell GITS_TRANSLATER, tagged with its device id. The ITS
+maps (device, event) to an LPI and, through a collection, to a vCPU. The guest fills these maps through a command
+queue (:mod:`~fabric.devices.arm.vgic_its_commands`); save and restore go through tables in guest memory
+(:mod:`~fabric.devices.arm.vgic_its_tables`).
+
+The translation cache
+---------------------
+A translation that was used is remembered by ``device id << 32 | event id``, so that an MSI is one dict lookup.
+The cache is no mere speed-up, it shows: a cached MSI is delivered without KVM_MSI_VALID_DEVID and without asking
+whether the target has LPIs enabled. It is dropped, for all ITSs of the VM, by everything that unmaps or moves
+an event (MOVI, MOVALL, DISCARD, MAPD of a known device, MAPC with V=0), by disabling the ITS and by clearing
+EnableLPIs; MAPC to another vCPU, CLEAR and a repeated MAPTI keep it. Linux 6.1 remembers the last 16 used for
+each vCPU; here they are so many that forgetting does not show, as in later kernels.
+
+Specification: arm-vgic-its (device attributes, table format); GICv3 architecture (IHI 0069), chapter 5 and
+section 12.18 (GITS registers).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fabric.devices.arm.vgic import INITIAL_PROPBASER
+from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
+from fabric.devices.arm.vgic_its_attrs import ITS_ATTRIBUTES
+from fabric.devices.arm.vgic_its_commands import run_queue
+from fabric.devices.arm.vgic_its_maps import Collection, ItsDevice
+from fabric.devices.arm.vgic_its_regs import (
+    BASER_RESET,
+    GITS,
+    GITS_FRAME_SIZE,
+    GITS_TRANSLATER,
+    ITS_SIZE,
+)
+from fabric.devices.arm.vgic_its_state import ItsState
+from fabric.devices.arm.vgic_its_tables import VALID
+from fabric.devices.arm.vgic_lpi import load_config, pending_bit
+from fabric.errors import KvmError
+from fabric.uapi.kvm import KVM_MSI_VALID_DEVID
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fabric.devices.arm.vgic import Vgic
+    from fabric.devices.arm.vgic_irq import VgicIrq
+    from fabric.devices.attributes import AttrTable
+    from fabric.devices.base import VmServices
+    from fabric.uapi.kvm import KvmMsi
+
+CACHE_SIZE = 1 << 16
+"""Translations remembered; when there are more, all are forgotten, which costs less than an order of use."""
+CBASER_ADDRESS = 0x000F_FFFF_FFFF_F000
+
+ITS_DISABLED = "ITS disabled"
+LPIS_DISABLED = "LPIs disabled"
+
+
+class ItsGroup:
+    """What the ITSs of one VM have in common."""
+
+    __slots__ = ("doorbells", "shares")
+
+    def __init__(self) -> None:
+        self.doorbells: dict[int, Its] = {}
+        """Doorbell address to the ITS that was first placed there."""
+        self.shares: dict[int, int] = {}
+        """LPI to how many events map it besides the first; most LPIs have one event and are not in here."""
+
+
+class Its:
+    """One ITS. Several may be in a VM, each at its own address, sharing the LPIs.
+
+    Attributes that others read: ``enabled``; ``base``, the guest address or None; ``cbaser``, ``creadr``,
+    ``cwriter``, ``baser`` (BASER0 and BASER1), as the registers have them; ``devices`` and ``collections``, the
+    maps; ``refused``, how many commands had no effect, by the rule they broke.
+    """
+
+    attributes: ClassVar[AttrTable] = ITS_ATTRIBUTES
+
+    __slots__ = (
+        "_cached",
+        "_pend",
+        "_vgic",
+        "abi",
+        "base",
+        "baser",
+        "cbaser",
+        "collections",
+        "creadr",
+        "cwriter",
+        "devices",
+        "enabled",
+        "event_id_bits",
+        "group",
+        "refused",
+        "translations",
+        "vm",
+    )
+
+    def __init__(self, vm: VmServices) -> None:
+        self.vm = vm
+        self.event_id_bits: int = vm.options.get("lpi_id_bits", 16)
+        self.base: int | None = None
+        self.abi = 0
+        """Revision of the table format."""
+        self.enabled = False
+        self.cbaser = self.creadr = self.cwriter = 0
+        self.baser = list(BASER_RESET)
+        self.devices: dict[int, ItsDevice] = {}
+        self.collections: dict[int, Collection] = {}
+        self.refused: dict[str, int] = {}
+        self.translations: dict[int, VgicIrq] = {}
+        self._cached = self.translations.get
+        self._vgic: Vgic | None = None
+        self._pend: Callable[[VgicIrq], None]
+        self.group: ItsGroup = vm.its_list[0].group if vm.its_list else ItsGroup()
+        vm.its_list.append(self)
+        if vm.irqchip is not None:
+            vm.irqchip.propbaser = INITIAL_PROPBASER
+
+    @classmethod
+    def supported(cls, options: dict[str, Any]) -> bool:
+        """Whether the host can have this device: it takes a GICv3."""
+        return bool(options.get("host_gic", 3) == 3)
+
+    @classmethod
+    def create(cls, vm: VmServices) -> Its:
+        """KVM_CREATE_DEVICE. The GIC may come before or after; GICR_PROPBASER of the VM is reset."""
+        return cls(vm)
+
+    def destroy(self) -> None:
+        """The VM goes away."""
+        self.translations.clear()
+
+    @property
+    def vgic(self) -> Vgic:
+        """The GIC that has the LPIs. KvmError(EINVAL) while there is none, or one without LPIs."""
+        if self._vgic is None:
+            vgic = self.vm.irqchip
+            if vgic is None or not issubclass(vgic.cpu_class, VgicV3Cpu):
+                raise KvmError(errno.EINVAL, "LPIs need a GICv3, and the VM has none")
+            self._vgic = vgic
+            self._pend = vgic.pend_edge
+        return self._vgic
+
+    # -- MSIs -----------------------------------------------------------------------------------------------
+
+    def owns(self, address: int) -> bool:
+        """Whether an address lies in the frame of this ITS."""
+        return self.base is not None and self.base <= address < self.base + ITS_SIZE
+
+    def signal_msi(self, devid: int, eventid: int) -> int:
+        """An MSI at the doorbell: 1 when it was made pending, 0 when nothing maps it.
+
+        Raises:
+            KvmError: EBUSY while the ITS is disabled, or LPIs are at the target.
+        """
+        irq = self._cached(devid << 32 | eventid)
+        if irq is None:
+            return self.signal_uncached(devid, eventid)
+        self._pend(irq)
+        return 1
+
+    def signal_uncached(self, devid: int, eventid: int) -> int:
+        """As :meth:`signal_msi`, by the maps alone: what an address other than the doorbell gets."""
+        lost = self.raise_event(devid, eventid)
+        if lost is None:
+            return 1
+        if lost in (ITS_DISABLED, LPIS_DISABLED):
+            raise KvmError(errno.EBUSY, f"{lost}: event {eventid} of device {devid:#x} is lost")
+        return 0
+
+    def raise_event(self, devid: int, eventid: int) -> str | None:
+        """Translate an event, make its LPI pending and cache the translation; or say why it is lost."""
+        lost: str
+        device = self.devices.get(devid)
+        if not self.enabled:
+            lost = ITS_DISABLED
+        elif device is None:
+            lost = "unmapped device"
+        elif (irq := device.event(eventid)) is None:
+            lost = "unmapped event"
+        elif (collection := device.collections[eventid]) is None or collection.rdbase is None:
+            lost = "unmapped collection"
+        elif not self.vgic.cpus[collection.rdbase].lpis_enabled:
+            lost = LPIS_DISABLED
+        else:
+            if len(self.translations) >= CACHE_SIZE:
+                self.translations.clear()
+            self.translations[devid << 32 | eventid] = irq
+            self._pend(irq)
+            return None
+        # The guest sees no interrupt, so this is told to the ledger only.
+        ledger = self.vm.ledger
+        ledger.raised += 1
+        ledger.drop(lost)
+        return lost
+
+    # -- the maps -------------------------------------------------------------------------------------------
+
+    @property
+    def lpi_limit(self) -> int:
+        """The first INTID beyond the LPIs that GICR_PROPBASER provides for."""
+        vgic = self.vm.irqchip
+        bits = (vgic.propbaser & 0x1F) + 1 if vgic is not None else 0
+        return 1 << min(bits, self.event_id_bits)
+
+    def target(self, collection: Collection) -> VgicV3Cpu | None:
+        """Where the events of a collection go to."""
+        if collection.rdbase is None:
+            return None
+        cpu: VgicV3Cpu = self.vgic.cpus[collection.rdbase]
+        return cpu
+
+    def map_event(self, device: ItsDevice, eventid: int, lpi: int, collection: Collection) -> None:
+        """Map an event that is not mapped.
+
+        A new LPI takes its configuration from guest memory, and its pending bit too, which is cleared there.
+        One that another event maps already keeps its state, its target included.
+
+        Raises:
+            KvmError: EFAULT when one of the LPI tables is not in RAM; nothing is mapped then.
+        """
+        vgic = self.vgic
+        known = vgic.lpis.get(lpi)
+        if known is not None and vgic.lpi(lpi) is known:
+            irq = known
+            shares = self.group.shares
+            shares[lpi] = shares.get(lpi, 0) + 1
+        else:
+            # One that was unmapped while queued at a vCPU, and still is, comes back as it was.
+            irq = vgic.add_lpi(lpi, self.target(collection))
+            if irq is not known:
+                try:
+                    self._load(vgic, irq)
+                except KvmError:
+                    vgic.remove_lpi(irq)
+                    raise
+        device.map(eventid, irq, collection)
+
+    def _load(self, vgic: Vgic, irq: VgicIrq) -> None:
+        load_config(vgic, irq)
+        cpu = irq.target
+        if cpu is not None:
+            memory = self.vm.memory
+            address, bit = pending_bit(irq, cpu)  # type: ignore[arg-type]
+            stored = memory.read_u8(address)
+            if stored & bit:
+                vgic.pend_edge(irq)
+                memory.write_u8(address, stored & ~bit)
+
+    def release(self, irq: VgicIrq) -> None:
+        """An event no longer maps ``irq``; with the last one the LPI is gone."""
+        shares = self.group.shares
+        others = shares.pop(irq.intid, 0)
+        if not others:
+            self.vgic.remove_lpi(irq)
+        elif others > 1:
+            shares[irq.intid] = others - 1
+
+    def release_device(self, device: ItsDevice) -> None:
+        """The device is gone from the maps: so are its events."""
+        for _, irq, _ in device.events():
+            self.release(irq)
+        self.invalidate_all()
+
+    def forget_devices(self) -> None:
+        """Unmap all devices with their events."""
+        devices, self.devices = self.devices, {}
+        for device in devices.values():
+            self.release_device(device)
+
+    def forget_collections(self) -> None:
+        """Unmap all collections; events stay mapped and go nowhere."""
+        collections, self.collections = self.collections, {}
+        for collection in collections.values():
+            self.detach(collection)
+
+    def detach(self, collection: Collection) -> None:
+        """Events of a collection that is gone lose it for good."""
+        for device in self.devices.values():
+            device.detach(collection)
+
+    def retarget(self, collection: Collection) -> None:
+        """The collection goes to another vCPU: so do the LPIs of its events."""
+        if not self.devices or self.vm.irqchip is None:
+            return
+        target, vgic = self.target(collection), self.vgic
+        for device in self.devices.values():
+            for _, irq, where in device.events():
+                if where is collection:
+                    vgic.retarget(irq, target)
+
+    def invalidate_cache(self) -> None:
+        """Forget the cached translations of this ITS."""
+        self.translations.clear()
+
+    def invalidate_all(self) -> None:
+        """Forget the cached translations of every ITS of the VM."""
+        for its in self.vm.its_list:
+            its.invalidate_cache()
+
+    # -- commands and registers -----------------------------------------------------------------------------
+
+    @property
+    def queue_address(self) -> int:
+        """Guest address of the command queue."""
+        return self.cbaser & CBASER_ADDRESS
+
+    @property
+    def queue_size(self) -> int:
+        """Length of the command queue in bytes."""
+        return ((self.cbaser & 0xFF) + 1) << 12
+
+    def refuse(self, rule: str) -> None:
+        """A command had no effect because of ``rule``."""
+        self.refused[rule] = self.refused.get(rule, 0) + 1
+
+    def process(self) -> None:
+        """Run the commands that are there, if the ITS is enabled."""
+        if self.enabled:
+            run_queue(self)
+
+    def enable(self, on: bool) -> None:
+        """GITS_CTLR.Enabled. Enabling runs the command queue, and takes both tables and the queue to be valid."""
+        if on and not self.enabled and not (self.baser[0] & self.baser[1] & self.cbaser & VALID):
+            return
+        self.enabled = on
+        if on:
+            self.process()
+        else:
+            self.invalidate_all()
+
+    def reset(self) -> None:
+        """KVM_DEV_ARM_ITS_CTRL_RESET: address, table format and all of BASER but Valid are kept."""
+        self.baser = [value & ~VALID for value in self.baser]
+        self.cbaser = self.creadr = self.cwriter = 0
+        self.enabled = False
+        self.forget_devices()
+        self.forget_collections()
+
+    def place(self, base: int) -> None:
+        """Give the ITS its address, which is there for the guest from now on.
+
+        KVM looks for overlap with nothing; where frames overlap, the first one placed answers.
+        """
+        self.base = base
+        self.vm.mmio.add(base, ITS_SIZE, self, shadow=True)
+        first = self.group.doorbells.setdefault(base + GITS_TRANSLATER, self)
+        # The cache goes by the doorbell's address, so that two ITSs at one address share it.
+        self.translations = first.translations
+        self._cached = self.translations.get
+
+    def mmio_read(self, offset: int, size: int, vcpu: Any) -> int:
+        """A guest's read from the frame."""
+        return GITS.read(self, offset, size) if offset < GITS_FRAME_SIZE else 0
+
+    def mmio_write(self, offset: int, size: int, value: int, vcpu: Any) -> None:
+        """A guest's write to the frame. A vCPU has no device id, so what it writes to the doorbell is lost."""
+        if offset < GITS_FRAME_SIZE:
+            GITS.write(self, offset, size, value)
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    def state(self) -> ItsState:
+        """Everything the ITS knows; the LPIs themselves are the GIC's."""
+        return ItsState.of(self)
+
+    @classmethod
+    def from_state(cls, vm: VmServices, state: ItsState) -> Its:
+        """An ITS that goes on where ``state`` was taken, in a VM whose GIC has been restored."""
+        its = cls.create(vm)
+        state.apply(its)
+        return its
+
+    def _check(self) -> None:
+        """Assert the invariants of the maps, the cache and the queue."""
+        assert not (self.creadr | self.cwriter) & 0x1F
+        assert max(self.creadr, self.cwriter) < self.queue_size
+        seen: dict[int, int] = {}
+        for its in self.vm.its_list:
+            for devid, device in its.devices.items():
+                assert devid == device.devid
+                device._check()
+                for _, irq, collection in device.events():
+                    assert its.vgic.lpi(irq.intid) is irq
+                    assert collection is None or its.collections[collection.icid] is collection
+                    seen[irq.intid] = seen.get(irq.intid, 0) + 1
+        assert self.group.shares == {lpi: count - 1 for lpi, count in seen.items() if count > 1}
+        for icid, collection in self.collections.items():
+            assert icid == collection.icid
+            assert collection.rdbase is None or collection.rdbase < len(self.vm.vcpus)
+        siblings = [its for its in self.vm.its_list if its.translations is self.translations]
+        for key, irq in self.translations.items():
+            found = [its.devices[key >> 32] for its in siblings if key >> 32 in its.devices]
+            assert irq in [device.event(key & 0xFFFF_FFFF) for device in found]
+
+
+# -- the ways in ------------------------------------------------------------------------------------------------
+
+
+def signal_msi(vm: VmServices, msi: KvmMsi) -> int:
+    """KVM_SIGNAL_MSI, and what an irqfd with an MSI route does.
+
+    Returns:
+        1 when the MSI was made pending, 0 when no event is mapped to it.
+
+    Raises:
+        KvmError: EINVAL for no in-kernel GIC, unknown flags, no device id, or an address in no ITS; ENODEV
+            without an ITS; EBUSY while the ITS, or LPIs at the target, are disabled.
+    """
+    if vm.irqchip is None:
+        raise KvmError(errno.EINVAL, "the VM has no in-kernel interrupt controller")
+    if msi.flags & ~KVM_MSI_VALID_DEVID:
+        raise KvmError(errno.EINVAL, f"flags must be 0 or {KVM_MSI_VALID_DEVID}, not {msi.flags:#x}")
+    if not vm.its_list:
+        raise _lost(vm, errno.ENODEV, "no ITS")
+    address = msi.address_hi << 32 | msi.address_lo
+    cached: Its | None = vm.its_list[0].group.doorbells.get(address)
+    if cached is not None and (irq := cached.translations.get(msi.devid << 32 | msi.data)) is not None:
+        cached.vgic.pend_edge(irq)
+        return 1
+    if not msi.flags & KVM_MSI_VALID_DEVID:
+        raise _lost(vm, errno.EINVAL, "MSI without a device id")
+    place = vm.mmio.find(address)
+    if place is None or not isinstance(place[0], Its):
+        raise _lost(vm, errno.EINVAL, "no ITS at the MSI address")
+    return place[0].signal_uncached(msi.devid, msi.data)
+
+
+def _lost(vm: VmServices, code: int, reason: str) -> KvmError:
+    vm.ledger.raised += 1
+    vm.ledger.drop(reason)
+    return KvmError(code, reason)
+
+
+def msi_sender(vm: VmServices, msi: KvmMsi) -> Callable[[], int]:
+    """``signal_msi(vm, msi)`` bound to its arguments, for a sender that raises the same MSI again and again.
+
+    The function returns what the ioctl would: 1, 0, or a negative errno. Once the translation is cached, a call
+    is one dict lookup and the LPI made pending.
+    """
+    key = msi.devid << 32 | msi.data
+    address = msi.address_hi << 32 | msi.address_lo
+    nothing: dict[int, VgicIrq] = {}
+    cached: Callable[[int], VgicIrq | None] = nothing.get
+    pend: Callable[[VgicIrq], None]
+
+    def send() -> int:
+        nonlocal cached, pend
+        irq = cached(key)
+        if irq is not None:
+            pend(irq)
+            return 1
+        try:
+            result = signal_msi(vm, msi)
+        except KvmError as error:
+            return -(error.errno or errno.EINVAL)
+        its = vm.its_list[0].group.doorbells.get(address)
+        if result and its is not None:
+            # An address is for good, so the ITS is the one to ask from now on.
+            cached, pend = its.translations.get, its.vgic.pend_edge
+        return result
+
+    return send
