@@ -99,15 +99,23 @@ class Cpu:
             left -= engine.now - started - vcpu.absent_ns
 
     @types.coroutine
-    def wait_for_interrupt(self) -> Generator[Any, Any, None]:
-        """Halt until an interrupt can be taken, and take it unless masked (ARM: WFI)."""
+    def wait_for_interrupt(self, until_ns: int | None = None) -> Generator[Any, Any, None]:
+        """Halt until an interrupt can be taken, and take it unless masked (ARM: WFI).
+
+        With ``until_ns`` the halt ends at that time at the latest (ARM: WFIT).
+        """
         vcpu = self._vcpu
         interface = vcpu.cpu_interface
         if not interface.line:
             if vcpu.host is not None:
                 vcpu.host.release(vcpu)
             while True:
-                task = self._engine.current
+                engine = self._engine
+                task = engine.current
+                if until_ns is not None:
+                    if engine.now >= until_ns:
+                        return
+                    engine.wake_at(task, until_ns)
                 task.waits = vcpu
                 vcpu.wakeable = task
                 yield
