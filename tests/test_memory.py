@@ -223,6 +223,17 @@ class TestDirtyLog:
         assert b"\x00\x03\0\0\0\0\0\0" == memory.dirty_log(0)
         assert bytes(8) == memory.dirty_log(0)
 
+    @pytest.mark.parametrize(
+        ("offset", "n", "pages"),
+        [(0, PAGE, [0]), (0, PAGE + 1, [0, 1]), (PAGE - 1, 1, [0]), (PAGE, 1, [1]), (1, 2 * PAGE, [0, 1, 2])],
+    )
+    def test_exactly_the_pages_written(self, memory: GuestMemory, offset: int, n: int, pages: list[int]) -> None:
+        """A write marks the pages that hold its bytes and no other."""
+        memory.set_region(Region(0, LOG, RAM, 16 * PAGE, USER))
+        memory.write(RAM + offset, bytes(n))
+
+        assert pages == memory.dirty_pages(0)
+
     def test_page_numbers(self, memory: GuestMemory) -> None:
         """The same log as numbers, for slots whose bitmap is megabytes of zeros."""
         memory.set_region(Region(0, LOG, RAM, 16 * PAGE, USER))
@@ -263,6 +274,13 @@ class TestDirtyLog:
 PAGES = 12  # of guest memory in the model below, and of user memory
 
 
+# Addresses around page boundaries and lengths of about whole pages are where mistakes hide.
+ADDRESSES = st.builds(
+    lambda page, near: max(0, page * PAGE + near), st.integers(0, 16), st.sampled_from([0, -1, 1, -8, 100])
+)
+LENGTHS = st.builds(lambda pages, more: pages * PAGE + more, st.integers(0, 2), st.sampled_from([0, 1, 2, 8]))
+
+
 class MemoryMachine(RuleBasedStateMachine):
     """Guest memory against a dict of bytes and a dict of slots that are looked through from end to end."""
 
@@ -274,6 +292,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.bytes: dict[int, int] = {}  # user address to value
         self.slots: dict[int, Region] = {}
         self.dirty: dict[int, set[int]] = {}
+        self.set_region(slot=0, flags=LOG, gpa=2, size=4, user=0, like_before=False)
 
     def lookup(self, gpa: int) -> tuple[int, Region] | None:
         """The slot an address is in, and the user address behind it."""
@@ -326,9 +345,9 @@ class MemoryMachine(RuleBasedStateMachine):
         else:
             self.dirty.setdefault(slot, set())
 
-    @rule(gpa=st.integers(0, 16 * PAGE), data=st.binary(max_size=40), pages=st.integers(0, 2))
-    def write(self, gpa: int, data: bytes, pages: int) -> None:
-        data += bytes(pages * PAGE)
+    @rule(gpa=ADDRESSES, n=LENGTHS, value=st.integers(0, 255))
+    def write(self, gpa: int, n: int, value: int) -> None:
+        data = bytes([value]) * n
         places = [self.lookup(gpa + i) for i in range(len(data))]
         if any(place is None or place[1].flags & READONLY for place in places):
             assert errno.EFAULT == errno_of(self.memory.write, gpa, data)
@@ -342,9 +361,8 @@ class MemoryMachine(RuleBasedStateMachine):
             if region.flags & LOG:
                 self.dirty[region.slot].add((gpa + i - region.guest_phys_addr) // PAGE)
 
-    @rule(gpa=st.integers(0, 16 * PAGE), n=st.integers(0, 40), pages=st.integers(0, 2))
-    def read(self, gpa: int, n: int, pages: int) -> None:
-        n += pages * PAGE
+    @rule(gpa=ADDRESSES, n=LENGTHS)
+    def read(self, gpa: int, n: int) -> None:
         places = [self.lookup(gpa + i) for i in range(n)]
         backed = all(places)
         assert not n or backed == self.memory.is_backed(gpa, n)
@@ -374,7 +392,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 TestMemoryMachine = MemoryMachine.TestCase
-TestMemoryMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestMemoryMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
 class Device:

@@ -73,6 +73,10 @@ class TestProcessMemory:
         """A pointer to nothing is EFAULT, also at the end of the address space and beyond."""
         fails_with_efault(process, addr, 8)
 
+    def test_addresses_have_64_bits(self, process: ProcessMemory, mapping: Mapping) -> None:
+        """The upper bits of a longer number are not cut off to make it a good address."""
+        fails_with_efault(process, (1 << 64) + mapping.addr, 8)
+
     def test_partly_there(self, mapping: Mapping) -> None:
         """A range that runs into an inaccessible page is EFAULT as a whole."""
         memory = ProcessMemory()
