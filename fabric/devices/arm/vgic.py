@@ -3,9 +3,8 @@
 A model (VGICv3, VGICv2) is a subclass of :class:`Vgic`: it adds the frames, the device attributes and the CPU
 interface. This module knows interrupts, vCPUs and the ledger only.
 
-One quirk of KVM is kept (seen on Linux 6.1): an interrupt raised while the distributor does not forward is
-not queued at a vCPU, and enabling forwarding does not queue it either; the next event on that interrupt does.
-Here everything is queued at once, and enabling forwarding takes off the queues what came while it was off.
+Kept from KVM (Linux 6.1): an interrupt raised while the distributor does not forward is not queued at a vCPU,
+and enabling forwarding does not queue it either; the next event on that interrupt does.
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ class Vgic:
         self.propbaser = INITIAL_PROPBASER if self.its_list else 0
         self.eoi_notifiers: dict[int, list[Callable[[], None]]] = {}
         self.forwarding = False
-        self._queued_before_off: list[int] = []
         self._unmapped: dict[int, VgicIrq] = {}
         self._by_mpidr: dict[int, Any] = {}
         vm.irqchip = self
@@ -129,7 +127,6 @@ class Vgic:
             self.nr_irqs = DEFAULT_NR_IRQS
         first = self.cpus[0] if self.cpus else None
         self.spis = [WiredIrq(n, first, self.initial_group) for n in range(NR_PRIVATE_IRQS, self.nr_irqs)]
-        self._queued_before_off = [0] * len(self.cpus)
         self.vm.set_default_routing(self.nr_irqs - NR_PRIVATE_IRQS)
         self.initialized = True
 
@@ -141,20 +138,19 @@ class Vgic:
             cpu = self._by_mpidr.get(mpidr)
         return cpu
 
-    def set_forwarding(self, on: bool) -> None:
-        """GICD_CTLR: whether interrupts are passed on to the vCPUs."""
+    def set_forwarding(self, on: bool, *, running: bool = True) -> None:
+        """GICD_CTLR: whether interrupts are passed on to the vCPUs.
+
+        When it is turned off by userspace, with no vCPU ``running``, what is queued stays so until a vCPU runs.
+        """
         if on == self.forwarding:
             return
         self.forwarding = on
-        for index, cpu in enumerate(self.cpus):
+        for cpu in self.cpus:
             cpu.forwarding = on
-            if on:
-                cpu.purge(self._queued_before_off[index])
-            else:
-                self._queued_before_off[index] = cpu.seq
-            cpu.refresh()
-            if cpu.line:
-                cpu.kick()
+            if running and not on:
+                cpu.purge()
+            cpu.update()
 
     # -- becoming pending ----------------------------------------------------------------------------------
 
@@ -165,7 +161,7 @@ class Vgic:
             self._coalesce(irq)
             return
         cpu = irq.target
-        if irq.entry is None and irq.enabled and cpu is not None:
+        if irq.entry is None and irq.enabled and cpu is not None and cpu.forwarding:
             irq.pending = True
             priority = irq.priority
             cpu.seq = seq = cpu.seq + 1
@@ -194,17 +190,16 @@ class Vgic:
         elif not level:
             self._lower(irq)
         else:
-            # A line that is high already, or whose interrupt is latched, has nothing new to say.
-            if irq.line or irq.pending:
-                self.ledger.raised += 1
-                irq.line = True
-                self._coalesce(irq)
-                return
+            was_high, was_open = irq.line, irq.open
             irq.line = True
-            if not irq.active:
+            if irq.open and not was_open:
                 self.ledger.raised += 1
                 self._note_pending(irq)
-            self.settle(irq)
+            elif was_high or was_open:
+                self.ledger.raised += 1
+                self._note_coalesced(irq)
+            if not was_high:
+                self.settle(irq)
 
     def _lower(self, irq: WiredIrq) -> None:
         if not irq.line:
@@ -217,21 +212,24 @@ class Vgic:
 
     def _pend(self, irq: VgicIrq) -> None:
         """Latch an interrupt that is not latched, once it has been counted as raised."""
-        if irq.open:
-            # Level-triggered, line high: the latch adds nothing that a vCPU could tell apart.
-            irq.pending = True
+        was_open = irq.open
+        irq.pending = True
+        if was_open or not irq.open:
+            # Level-triggered, with its line high or active: the latch adds nothing a vCPU could tell apart.
             self._coalesce(irq)
         else:
-            irq.pending = True
             self._note_pending(irq)
             self.settle(irq)
 
     def _coalesce(self, irq: VgicIrq) -> None:
+        self._note_coalesced(irq)
+        if irq.entry is None:
+            self.settle(irq)
+
+    def _note_coalesced(self, irq: VgicIrq) -> None:
         self.ledger.coalesced += 1
         if self._events is not None:
             self._events.coalesced(-1 if irq.target is None else irq.target.index, irq.intid)
-        if irq.entry is None:
-            self.settle(irq)
 
     def clear_pending(self, irq: VgicIrq, reason: str) -> None:
         """Clear the pending latch; what was waiting is dropped for ``reason``."""
@@ -246,10 +244,11 @@ class Vgic:
         if not on:
             self.clear_pending(irq, reason)
             return
-        if not irq.open:
+        was_open = irq.open
+        irq.pending = True
+        if irq.open and not was_open:
             self.ledger.raised += 1
             self._note_pending(irq)
-        irq.pending = True
         self.settle(irq)
 
     def store_line(self, irq: WiredIrq, level: bool) -> None:
@@ -292,8 +291,8 @@ class Vgic:
                     where.tidy()
                 return
             irq.entry = None
-            where.tidy()
-        if wanted and cpu is not None:
+            where.leave(entry)
+        if wanted and cpu is not None and cpu.forwarding:
             cpu.push(irq)
 
     def set_enabled(self, irq: VgicIrq, enabled: bool) -> None:
@@ -344,9 +343,7 @@ class Vgic:
         entry = irq.entry
         irq.active = True
         if entry is not None:
-            # It keeps its place, off the queue.
-            irq.entry = (entry[0], entry[1], irq, entry[3])
-            entry[3].tidy()
+            entry[3].hold(irq, entry[1])
         if was_open and not irq.open:
             self.drop(irq, "made active")
         self.settle(irq)
@@ -359,24 +356,24 @@ class Vgic:
             entry = irq.entry
             if self._events is not None and entry is not None:
                 self._events.completed(entry[3].index, irq.intid)
-            notifiers = self.eoi_notifiers.get(irq.intid)
-            if notifiers and isinstance(irq, WiredIrq) and not irq.edge:
-                for notify in tuple(notifiers):
+            if isinstance(irq, WiredIrq) and not irq.edge:
+                for notify in tuple(self.eoi_notifiers.get(irq.intid, ())):
                     notify()
+                irq.pending = False
         was_open = irq.open
+        entry = irq.entry
+        seq = None
+        if entry is not None:
+            entry[3].leave(entry)
+            if irq.target is entry[3]:
+                seq = entry[1]
         irq.active = False
         if irq.open and not was_open:
             # The line is still high: from now on this is another interrupt.
             self.ledger.raised += 1
             self._note_pending(irq)
-        entry = irq.entry
-        if entry is not None:
-            irq.entry = None
-            cpu = entry[3]
-            if irq.enabled and irq.asserted and irq.target is cpu:
-                cpu.push(irq, entry[1])
-                return
-        self.settle(irq)
+        if irq.enabled and irq.asserted and irq.target is not None and irq.target.forwarding:
+            irq.target.push(irq, seq)
 
     # -- LPIs ------------------------------------------------------------------------------------------------
 
@@ -436,13 +433,12 @@ class Vgic:
         """EnableLPIs was cleared: the LPIs queued at that vCPU are no longer pending, nor active."""
         for irq in list(self.lpis.values()):
             entry = irq.entry
-            if entry is not None and entry[3] is cpu:
-                irq.entry = None
+            if entry is not None and entry[3] is cpu and irq.entry is not None:
+                cpu.leave(entry)
                 irq.active = False
                 if irq.pending:
                     irq.pending = False
                     self.drop(irq, "LPIs disabled")
-        cpu.tidy()
 
     # -- injection from outside ------------------------------------------------------------------------------
 

@@ -15,15 +15,16 @@ reaches the top. The top of a heap is never stale, so "is something deliverable?
 
 Accounting
 ----------
-An interrupt is open in the ledger while it is pending and not yet taken: ``pending`` (the latch), or the line
-of a level-triggered one high while it is not active. A line still high when it ends opens a new one.
+An interrupt is open in the ledger while it is pending and not yet taken: an edge-triggered one while its latch
+``pending`` is set; a level-triggered one while its latch is set or its line high, and it is not active. A line
+still high at its end opens a new one.
 
 Specification: GICv3 architecture (IHI 0069), chapters 4 (handling, prioritisation) and 12 (system registers).
 """
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ PRIORITY_BITS = 5
 """Implemented priority bits: the upper five of eight."""
 PRIORITY_SHIFT = 8 - PRIORITY_BITS
 PRIORITY_MASK = 0xFF & -(1 << PRIORITY_SHIFT)
+NR_LIST_REGISTERS = 4
+"""What a vCPU can hold of active and pending interrupts at a time; active ones come first."""
 
 Entry: TypeAlias = "tuple[int, int, VgicIrq, VgicCpu]"
 
@@ -123,7 +126,7 @@ class WiredIrq(VgicIrq):
 
     @property
     def open(self) -> bool:
-        return self.pending or (self.line and not self.edge and not self.active)
+        return self.pending if self.edge else (self.pending or self.line) and not self.active
 
 
 class VgicCpu:
@@ -135,7 +138,7 @@ class VgicCpu:
 
     __slots__ = (
         "apr0", "apr1", "bpr0", "bpr1", "cbpr", "eoi_split", "events", "forwarding", "igrpen0", "igrpen1",
-        "index", "kick", "ledger", "line", "lpis", "mask0", "mask1", "notify_eoi", "pmr", "private", "queue",
+        "index", "kick", "ledger", "line", "lpis", "mask0", "mask1", "nr_active", "places", "pmr", "private", "queue",
         "queue0", "seq", "threshold", "threshold0", "vcpu", "vgic",
     )  # fmt: skip
 
@@ -155,6 +158,10 @@ class VgicCpu:
         self.queue0: list[Entry] = []
         """The same for group 0."""
         self.seq = 0
+        self.places: dict[int, int] = {}
+        """INTID to ``seq`` of those that left while the vCPU stood still: KVM keeps their place until it runs."""
+        self.nr_active = 0
+        """Interrupts active at this vCPU."""
         self.line = False
         """An interrupt can be taken now."""
         self.forwarding = False
@@ -189,8 +196,11 @@ class VgicCpu:
                 return SPURIOUS
             queue = self.queue
         irq = heappop(queue)[2]
-        irq.pending = False
+        intid = irq.intid
+        if intid >= MIN_LPI or irq.edge:
+            irq.pending = False  # of a level-triggered one the latch lasts as long as the interrupt
         irq.active = True
+        self.nr_active = nr_active = self.nr_active + 1
         if queue:
             top = queue[0]
             while top[2].entry is not top:
@@ -204,14 +214,13 @@ class VgicCpu:
         else:
             priority = irq.priority & self.mask0
             self.apr0 |= 1 << (priority >> PRIORITY_SHIFT)
-        if self.queue0 or self.igrpen0:
+        if self.queue0 or self.igrpen0 or nr_active >= NR_LIST_REGISTERS:
             self.refresh()
         else:
             # It was the highest of all, so nothing left can preempt it.
             self.threshold = priority
             self.line = False
         self.ledger.delivered += 1
-        intid = irq.intid
         if self.events is not None:
             self.events.acknowledged(self.index, intid)
         return intid
@@ -231,7 +240,7 @@ class VgicCpu:
             dropped = (lowest.bit_length() - 1) << PRIORITY_SHIFT
             mask = self.mask1
             self.apr1 = active1 = active1 ^ lowest
-            if active1 or self.igrpen0:
+            if active1 or self.queue0 or self.igrpen0 or self.nr_active >= NR_LIST_REGISTERS:
                 self.refresh()
             else:
                 self.threshold = self.pmr if self.igrpen1 and self.forwarding else 0
@@ -250,12 +259,13 @@ class VgicCpu:
         if irq.active and irq.group == group and irq.priority & mask == dropped:
             entry = irq.entry
             if entry is not None and entry[3] is self:
-                if intid >= MIN_LPI and not irq.pending:
+                if intid >= MIN_LPI and not irq.pending and self.nr_active < NR_LIST_REGISTERS:
                     irq.active = False
                     irq.entry = None
+                    self.nr_active -= 1
                     if self.events is not None:
                         self.events.completed(self.index, intid)
-                else:
+                elif self._holds(entry):
                     self.vgic.deactivate(irq)
 
     # -- the rest of the CPU interface ----------------------------------------------------------------------
@@ -267,7 +277,7 @@ class VgicCpu:
         irq = self.irq(intid)
         if irq is not None and irq.active:
             entry = irq.entry
-            if entry is not None and entry[3] is self:
+            if entry is not None and entry[3] is self and self._holds(entry):
                 self.vgic.deactivate(irq)
 
     def irq(self, intid: int) -> VgicIrq | None:
@@ -309,18 +319,43 @@ class VgicCpu:
         self.mask1 = self.mask0 if self.cbpr else -1 << max(self.bpr1, PRIORITY_SHIFT)
         active = self.apr0 | self.apr1
         running = (active & -active).bit_length() - 1 << PRIORITY_SHIFT if active else 0x100
-        pmr = self.pmr if self.forwarding else 0
+        pmr = self.pmr if self.forwarding and self.nr_active < NR_LIST_REGISTERS else 0
         self.threshold0 = min(pmr, running & self.mask0) if self.igrpen0 else 0
         self.threshold = min(pmr, running & self.mask1) if self.igrpen1 else 0
         self.line = self._deliverable() is not None
 
     def _top(self) -> Entry | None:
-        """The highest-priority queued interrupt among the enabled groups."""
+        """The highest-priority interrupt of the enabled groups among those in list registers."""
+        free = NR_LIST_REGISTERS - self.nr_active
+        if free <= 0 or not self.forwarding:
+            return None
         first = self.queue[0] if self.queue and self.igrpen1 else None
         other = self.queue0[0] if self.queue0 and self.igrpen0 else None
-        if first is None or (other is not None and other[:2] < first[:2]):
-            return other
+        if first is None:
+            first, hiding = other, self.queue
+        elif other is not None:
+            return min(first, other)
+        else:
+            hiding = self.queue0
+        # Interrupts of the disabled group take list registers all the same.
+        if first is not None and hiding and self._ahead(hiding, first) >= free:
+            return None
         return first
+
+    @staticmethod
+    def _ahead(queue: list[Entry], entry: Entry) -> int:
+        """How many interrupts in ``queue`` go before ``entry``."""
+        return sum(other < entry and other[2].entry is other for other in queue)
+
+    def _holds(self, entry: Entry) -> bool:
+        """Whether an active interrupt is in a list register; with more than there are, the earliest are."""
+        if self.nr_active <= NR_LIST_REGISTERS:
+            return True
+        earlier = 0
+        for irq in self.vgic.interrupts():
+            other = irq.entry
+            earlier += irq.active and other is not None and other[3] is self and other[1] < entry[1]
+        return earlier < NR_LIST_REGISTERS
 
     def _deliverable(self) -> int | None:
         """Group of the interrupt that an acknowledge would take, or None."""
@@ -348,22 +383,48 @@ class VgicCpu:
     def push(self, irq: VgicIrq, seq: int | None = None) -> None:
         """Queue ``irq`` here, at the end of its priority or in the place ``seq`` it had."""
         if seq is None:
-            self.seq = seq = self.seq + 1
+            seq = self._place(irq)
         entry = irq.entry = (irq.priority, seq, irq, self)
         heappush(self.queue if irq.group else self.queue0, entry)
         self.update_line()
 
-    def hold(self, irq: VgicIrq) -> None:
-        """Give an active interrupt its place here without queueing it."""
-        self.seq += 1
-        irq.entry = (irq.priority, self.seq, irq, self)
+    def hold(self, irq: VgicIrq, seq: int | None = None) -> None:
+        """Give an active interrupt its place here, off the queues."""
+        if seq is None:
+            seq = self._place(irq)
+        irq.entry = (irq.priority, seq, irq, self)
+        self.nr_active += 1
+        self.tidy()
+
+    def leave(self, entry: Entry) -> None:
+        """Take an interrupt out, from the queues or from what is active."""
+        irq = entry[2]
+        irq.entry = None
+        if irq.active:
+            self.nr_active -= 1
+        if not self.vcpu.running:
+            self.places[irq.intid] = entry[1]
+        self.tidy()
+
+    def _place(self, irq: VgicIrq) -> int:
+        seq = self.places.pop(irq.intid, None) if self.places else None
+        if seq is None:
+            self.seq = seq = self.seq + 1
+        return seq
 
     def tidy(self) -> None:
         """Drop stale entries from the tops of the queues."""
         for queue in (self.queue, self.queue0):
             while queue and queue[0][2].entry is not queue[0]:
                 heappop(queue)
-        self.update_line()
+        self.update()
+
+    def update(self) -> None:
+        """As :meth:`refresh`; kick the vCPU when ``line`` becomes true."""
+        was = self.line
+        self.refresh()
+        if self.line and not was:
+            self.kick()
 
     def update_line(self) -> None:
         """Recompute ``line``; kick the vCPU when it becomes true."""
@@ -372,18 +433,13 @@ class VgicCpu:
         if self.line and not was:
             self.kick()
 
-    def purge(self, after: int) -> None:
-        """Take everything queued later than ``after`` off the queues; it stays pending."""
+    def purge(self) -> None:
+        """Take everything off the queues; it stays pending, and is queued by the next event on it."""
         for queue in (self.queue, self.queue0):
-            kept = []
             for entry in queue:
                 if entry[2].entry is entry:
-                    if entry[1] > after:
-                        entry[2].entry = None
-                    else:
-                        kept.append(entry)
-            heapify(kept)
-            queue[:] = kept
+                    entry[2].entry = None
+            queue.clear()
 
     def _check(self) -> None:
         """Assert the invariants of the queues and thresholds."""
