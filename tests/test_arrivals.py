@@ -220,6 +220,38 @@ def test_the_layer_may_be_chosen() -> None:
     assert ["nvme0q1"] == [arrival.source for arrival in arrivals(trace, "irq")]
 
 
+EVENTS = [
+    "irq_handler_entry: irq=16 name=usb",
+    "irq_handler_entry: irq=16 name=sound",
+    "irq_handler_exit: irq=16 ret=unhandled",
+    "irq_handler_exit: irq=16 ret=handled",
+    "irq_handler_entry: irq=1 name=IPI",
+    "reschedule_entry: vector=253",
+    "reschedule_exit: vector=253",
+    "ipi_raise: target_mask=00000003 (x)",
+    "ipi_entry: (x)",
+    "kvm_set_irq: gsi 24 level 1 source 0",
+    "kvm_msi_set_irq: dst 2 vec 35 (Fixed|physical|edge)",
+    "kvm_apic_accept_irq: apicid 2 vec 35 (Fixed|edge)",
+    "kvm_apic_ipi: dst 3 vec 253 (Fixed|physical|assert|edge|dst)",
+    "kvm_inj_virq: IRQ 0x23",
+]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 50), st.sampled_from(EVENTS)), min_size=1))
+def test_any_order_of_events_makes_sense(events: list[tuple[int, int, str]]) -> None:
+    """Exits without entries, chains cut short: arrivals are in order, from 0, and no handler ends early."""
+    trace = parse_trace("\n".join(f"t-{cpu} [{cpu:03}] 5.{at:06}: {event}" for cpu, at, event in events))
+
+    for layer in ("irq", "kvm"):
+        found = arrivals(trace, layer)
+        times = [arrival.at_ns for arrival in found]
+        assert sorted(times) == times
+        assert all(at == 0 for at in times[:1])
+        assert all(arrival.duration_ns is None or arrival.duration_ns >= 0 for arrival in found)
+        assert all((arrival.sender >= 0) == (arrival.kind == "ipi") for arrival in found)
+
+
 def test_events_without_arrivals() -> None:
     """A trace of softirqs is understood and holds no interrupt."""
     assert [] == of("0 0 softirq_entry: vec=3 [action=NET_RX]")

@@ -17,14 +17,12 @@ class HandClock:
     now = 0
 
 
-def life(
-    recorder: Recorder, clock: HandClock, cpu: int, intid: int, times: tuple[int, int, int, int]
-) -> None:
+def life(recorder: Recorder, clock: HandClock, cpu: int, intid: int, times: tuple[int, int, int, int]) -> None:
     """One interrupt, raised, pending, acknowledged and ended at the given times."""
-    recorder.origin_ns = times[0]
+    recorder.set_origin(times[0])
     clock.now = times[1]
     recorder.pending(cpu, intid)
-    recorder.origin_ns = None
+    recorder.set_origin(None)
     clock.now = times[2]
     recorder.acknowledged(cpu, intid)
     clock.now = times[3]

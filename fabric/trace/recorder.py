@@ -6,8 +6,8 @@ keeps the time of each stage for every interrupt and vCPU; views by source and b
 when asked for. So one interrupt costs a dict lookup a stage and appends to short lists, which are folded into
 histograms now and then.
 
-Raised and pending differ when a channel has latency: it sets :attr:`Recorder.origin_ns` to the time the event
-was sent while it delivers it.
+Raised and pending differ when a channel has latency: it says through :meth:`Recorder.set_origin` when the event
+was sent that it delivers.
 """
 
 from __future__ import annotations
@@ -163,6 +163,13 @@ class Recorder:
     def label(self, intid: int, source: str, cpu: int | None = None) -> None:
         """Name the source behind ``intid``, on every vCPU or on one. Sources of the same name are one row."""
         self._labels[intid, cpu] = source
+
+    def set_origin(self, at_ns: int | None) -> None:
+        """When the interrupts that arrive from now on were sent; ``None``: just as they arrive.
+
+        A channel with latency calls this around each delivery: ``channel.on_origin = recorder.set_origin``.
+        """
+        self.origin_ns = at_ns
 
     # What controllers and channels call. The four calls of an undisturbed interrupt are the hot path.
 
