@@ -160,6 +160,8 @@ def mapti(its: Its, devid: int, eventid: int, lpi: int, icid: int) -> None:
         raise CommandError("the device must be mapped")
     if eventid >> device.bits:
         raise CommandError("EventID must be within the device's size")
+    if not its.vm.memory.is_backed(device.itt + eventid * ENTRY_SIZE):
+        raise CommandError("the ITT must be in guest memory")
     if not MIN_LPI <= lpi < its.lpi_limit:
         raise CommandError("pINTID must be an LPI within GICR_PROPBASER.IDbits")
     if device.event(eventid) is not None:

@@ -160,8 +160,8 @@ def _save_collections(its: Its) -> None:
 def restore(its: Its) -> None:
     """Build the maps from the guest's tables: collections first, then devices with their events.
 
-    A table that is not valid is skipped. When one of the tables cannot be restored, all that the ITS knows of
-    that kind is forgotten, including what was there before.
+    A table that is not valid is skipped. When the collection table cannot be restored, all collections are
+    forgotten, those that were there before included; when the device table cannot, all devices are as well.
 
     Raises:
         KvmError: EFAULT for a table that is not in RAM, EINVAL for an entry that makes no sense, EEXIST for a
@@ -178,6 +178,7 @@ def restore(its: Its) -> None:
             _restore_devices(its)
         except KvmError:
             its.forget_devices()
+            its.forget_collections()
             raise
 
 
