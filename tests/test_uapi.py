@@ -9,11 +9,11 @@ import struct
 from typing import Annotated, Any, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fabric.uapi
-from fabric.uapi import arm64, ioctl, kvm
+from fabric.uapi import arm64, ioctl, kvm, mips, ppc, s390, x86
 from fabric.uapi.codec import Array, Bits, CStruct, Word, cstruct, u8, u16, u32, u64, word
 
 MODULES = [
@@ -23,12 +23,17 @@ MODULES = [
 ]
 STRUCTS = sorted(
     {c for m in MODULES for c in vars(m).values() if isinstance(c, type) and issubclass(c, CStruct)} - {CStruct},
-    key=lambda c: c.__name__,
+    key=lambda c: (c.__module__, c.__name__),
 )
 WORDS = sorted(
     {c for m in MODULES for c in vars(m).values() if isinstance(c, type) and issubclass(c, Word)} - {Word},
-    key=lambda c: c.__name__,
+    key=lambda c: (c.__module__, c.__name__),
 )
+
+
+def name_of(cls: type) -> str:
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
 
 CTYPES = {
     "B": ctypes.c_uint8,
@@ -85,7 +90,7 @@ def values(cls: type[CStruct]) -> st.SearchStrategy[CStruct]:
 
 
 class TestStructs:
-    @pytest.mark.parametrize("cls", STRUCTS, ids=lambda c: c.__name__)
+    @pytest.mark.parametrize("cls", STRUCTS, ids=name_of)
     def test_offsets_are_those_of_a_c_compiler(self, cls: type[CStruct]) -> None:
         """Size and offsets follow C's natural alignment; guest structures are tight and come out the same."""
         native = as_ctypes(cls)
@@ -115,6 +120,25 @@ class TestStructs:
             (arm64.PvtimeStolenTime, 16),
             (arm64.ItsCommand, 32),
             (arm64.KvmVcpuEvents, 64),
+            (x86.KvmIrqchip, 520),
+            (x86.KvmPicState, 16),
+            (x86.KvmIoapicState, 216),
+            (x86.KvmLapicState, 1024),
+            (x86.KvmPitState2, 112),
+            (x86.KvmClockData, 48),
+            (x86.KvmVcpuEvents, 64),
+            (x86.KvmSregs, 312),
+            (x86.KvmHypervExit, 56),
+            (x86.PvclockVcpuTimeInfo, 32),
+            (ppc.KvmPpcXiveEq, 64),
+            (ppc.KvmCreateSpaprTce, 16),
+            (ppc.KvmCreateSpaprTce64, 32),
+            (s390.KvmS390Irq, 72),
+            (s390.KvmS390AisReq, 4),
+            (s390.KvmS390VmTodClock, 16),
+            (s390.KvmS390VmCpuProcessor, 2064),
+            (s390.KvmS390VmCpuMachine, 4112),
+            (s390.KvmS390VmCpuSubfunc, 2048),
         ],
     )
     def test_size(self, cls: type[CStruct], size: int) -> None:
@@ -122,7 +146,8 @@ class TestStructs:
         assert size == cls.SIZE
         assert size == len(cls().pack())
 
-    @pytest.mark.parametrize("cls", STRUCTS, ids=lambda c: c.__name__)
+    @pytest.mark.parametrize("cls", STRUCTS, ids=name_of)
+    @settings(max_examples=15)  # times a hundred layouts
     @given(data=st.data())
     def test_round_trip(self, cls: type[CStruct], data: st.DataObject) -> None:
         """Every value comes back as it was packed, from any offset."""
@@ -199,7 +224,8 @@ class TestStructs:
 
 
 class TestWords:
-    @pytest.mark.parametrize("cls", WORDS, ids=lambda c: c.__name__)
+    @pytest.mark.parametrize("cls", WORDS, ids=name_of)
+    @settings(max_examples=15)  # times a hundred layouts
     @given(data=st.data())
     def test_round_trip(self, cls: type[Word], data: st.DataObject) -> None:
         """The bits in fields survive, the bits in none are dropped."""
@@ -281,6 +307,20 @@ class TestIoctls:
             (ioctl.KVM_ARM_VCPU_INIT, arm64.KvmVcpuInit),
             (ioctl.KVM_ARM_SET_DEVICE_ADDR, arm64.KvmArmDeviceAddr),
             (ioctl.KVM_GET_VCPU_EVENTS, arm64.KvmVcpuEvents),
+            (ioctl.KVM_GET_VCPU_EVENTS, x86.KvmVcpuEvents),
+            (ioctl.KVM_GET_IRQCHIP, x86.KvmIrqchip),
+            (ioctl.KVM_GET_LAPIC, x86.KvmLapicState),
+            (ioctl.KVM_GET_PIT, x86.KvmPitState),
+            (ioctl.KVM_CREATE_PIT2, x86.KvmPitConfig),
+            (ioctl.KVM_GET_PIT2, x86.KvmPitState2),
+            (ioctl.KVM_GET_CLOCK, x86.KvmClockData),
+            (ioctl.KVM_GET_MSRS, x86.KvmMsrs),
+            (ioctl.KVM_GET_CPUID2, x86.KvmCpuid2),
+            (ioctl.KVM_GET_REGS, x86.KvmRegs),
+            (ioctl.KVM_GET_SREGS, x86.KvmSregs),
+            (ioctl.KVM_CREATE_SPAPR_TCE, ppc.KvmCreateSpaprTce),
+            (ioctl.KVM_CREATE_SPAPR_TCE_64, ppc.KvmCreateSpaprTce64),
+            (ioctl.KVM_S390_IRQ, s390.KvmS390Irq),
         ],
     )
     def test_the_number_has_the_size_of_the_struct(self, request_number: int, cls: type[CStruct]) -> None:
@@ -292,6 +332,22 @@ class TestIoctls:
         assert "KVM_SIGNAL_MSI" == ioctl.request_name(ioctl.KVM_SIGNAL_MSI)
         assert "KVM_ARM_SET_DEVICE_ADDR or KVM_GET_ONE_REG" == ioctl.request_name(ioctl.KVM_GET_ONE_REG)
         assert "0xdeadbeef" == ioctl.request_name(0xDEADBEEF)
+
+
+class TestRegisterIds:
+    @pytest.mark.spec("api.reg.icp-state", "api.reg.vp-state", "api.reg.mips-kscratch1", "api.reg.mips-kscratch6")
+    @pytest.mark.parametrize(
+        ("reg_id", "number", "size"),
+        [
+            (ppc.KVM_REG_PPC_ICP_STATE, 0x103000000000008C, 8),
+            (ppc.KVM_REG_PPC_VP_STATE, 0x104000000000008D, 16),
+            (mips.KVM_REG_MIPS_CP0_KSCRATCH1, 0x70300000000100FA, 8),
+            (mips.KVM_REG_MIPS_CP0_KSCRATCH6, 0x70300000000100FF, 8),
+        ],
+    )
+    def test_id(self, reg_id: int, number: int, size: int) -> None:
+        """An id is architecture, size and register."""
+        assert (number, size) == (reg_id, kvm.reg_size(reg_id))
 
 
 class TestArm64:

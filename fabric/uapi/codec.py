@@ -84,9 +84,7 @@ class CStruct:
         try:
             values = cls.STRUCT.unpack_from(data, offset)
         except struct_error:
-            raise ValueError(
-                f"{cls.__name__} must have {cls.SIZE} bytes, not {max(len(data) - offset, 0)}"
-            ) from None
+            raise ValueError(f"{cls.__name__} must have {cls.SIZE} bytes, not {max(len(data) - offset, 0)}") from None
         return cls(*values) if cls._flat else cls._gather(iter(values))
 
     def pack(self) -> bytes:
@@ -228,9 +226,7 @@ class Word:
         for name, bits in self.FIELDS.items():
             value = getattr(self, name)
             if not 0 <= value << bits.lo <= bits.mask:
-                raise ValueError(
-                    f"{type(self).__name__}.{name} must fit {bits.hi - bits.lo + 1} bits, not {value:#x}"
-                )
+                raise ValueError(f"{type(self).__name__}.{name} must fit {bits.hi - bits.lo + 1} bits, not {value:#x}")
             packed |= value << bits.lo
         return packed
 
@@ -250,9 +246,7 @@ def word(width: int) -> Callable[[type[_W]], type[_W]]:
         taken = 0
         for name, bits in cls.FIELDS.items():
             if taken & bits.mask or bits.hi >= width or bits.lo > bits.hi:
-                raise ValueError(
-                    f"{cls.__name__}.{name} must have free bits of {width}, not {bits.hi}:{bits.lo}"
-                )
+                raise ValueError(f"{cls.__name__}.{name} must have free bits of {width}, not {bits.hi}:{bits.lo}")
             taken |= bits.mask
         return cls
 
