@@ -67,7 +67,8 @@ class Vgic:
         self.propbaser = INITIAL_PROPBASER if self.its_list else 0
         self.eoi_notifiers: dict[int, list[Callable[[], None]]] = {}
         self.forwarding = False
-        self._unmapped: dict[int, VgicIrq] = {}
+        self.unmapped: dict[int, VgicIrq] = {}
+        """LPIs that no ITS maps any more, until they are seen to have left their vCPU."""
         self._by_mpidr: dict[int, Any] = {}
         vm.irqchip = self
         for vcpu in vm.vcpus:
@@ -290,7 +291,6 @@ class Vgic:
                     where.push(irq, entry[1])
                     where.tidy()
                 return
-            irq.entry = None
             where.leave(entry)
         if wanted and cpu is not None and cpu.forwarding:
             cpu.push(irq)
@@ -380,12 +380,12 @@ class Vgic:
     def lpi(self, intid: int) -> VgicIrq | None:
         """The LPI ``intid`` if an ITS maps it."""
         irq = self.lpis.get(intid)
-        return None if irq is None or intid in self._unmapped else irq
+        return None if irq is None or intid in self.unmapped else irq
 
     def add_lpi(self, intid: int, target: VgicCpu | None) -> VgicIrq:
         """The LPI ``intid``, made if it does not exist; one that does keeps its state and its target."""
-        if intid in self._unmapped:
-            irq = self._unmapped.pop(intid)
+        if intid in self.unmapped:
+            irq = self.unmapped.pop(intid)
             if irq.entry is not None:
                 return irq
             del self.lpis[intid]
@@ -399,7 +399,7 @@ class Vgic:
         """No ITS maps ``irq`` any more. One queued or active at a vCPU stays there until it is done."""
         self._reap()
         if irq.entry is not None:
-            self._unmapped[irq.intid] = irq
+            self.unmapped[irq.intid] = irq
             return
         if irq.pending:
             self.clear_pending(irq, "unmapped")
@@ -411,8 +411,8 @@ class Vgic:
         yield from self.lpis.values()
 
     def _reap(self) -> None:
-        for intid in [intid for intid, irq in self._unmapped.items() if irq.entry is None]:
-            irq = self._unmapped.pop(intid)
+        for intid in [intid for intid, irq in self.unmapped.items() if irq.entry is None]:
+            irq = self.unmapped.pop(intid)
             if irq.pending:
                 self.clear_pending(irq, "unmapped")
             if self.lpis.get(intid) is irq:

@@ -197,7 +197,7 @@ class VgicCpu:
             queue = self.queue
         irq = heappop(queue)[2]
         intid = irq.intid
-        if intid >= MIN_LPI or irq.edge:
+        if intid >= MIN_LPI or (isinstance(irq, WiredIrq) and irq.edge):
             irq.pending = False  # of a level-triggered one the latch lasts as long as the interrupt
         irq.active = True
         self.nr_active = nr_active = self.nr_active + 1

@@ -15,6 +15,7 @@ from fabric.devices.arm.vgic_cpuif import USER_SYSREGS, UserSysreg, VgicV3Cpu
 from fabric.devices.arm.vgic_irq import NR_PRIVATE_IRQS, NR_SGIS, VgicIrq
 from fabric.devices.arm.vgic_v3_frames import UNDEFINED, Frames
 from fabric.devices.arm.vgic_v3_regs import GICD, GICR
+from fabric.devices.arm.vgic_v3_state import VgicV3State, restore, save
 from fabric.devices.attributes import Attr, AttrTable, Group, Pointer
 from fabric.errors import KvmError
 from fabric.uapi import arm64 as uapi
@@ -66,6 +67,20 @@ class VgicV3(Vgic):
 
     def destroy(self) -> None:
         """The device fd was closed; the GIC lives as long as the VM."""
+
+    def state(self) -> VgicV3State:
+        """Everything that decides what a guest sees, as a record."""
+        return save(self)
+
+    @classmethod
+    def from_state(cls, vm: VmServices, state: VgicV3State) -> Self:
+        """The GIC in that state, in a VM that has the same vCPUs.
+
+        What is pending counts as raised in the ledger of ``vm``. ValueError for another version or vCPU count.
+        """
+        vgic = cls(vm)
+        restore(vgic, state)
+        return vgic
 
     # -- vCPUs -----------------------------------------------------------------------------------------------
 

@@ -148,6 +148,13 @@ class Frames:
             self.regions.pop()
             raise
 
+    def restore_regions(self, regions: tuple[tuple[int, int, int], ...]) -> None:
+        """Have these regions, (index, base, count) each, with the vCPUs placed in them."""
+        for index, base, count in regions:
+            self.regions.append(Region(index, base, count))
+        for cpu in self.vgic.cpus:
+            self.place(cpu)
+
     # -- placing ---------------------------------------------------------------------------------------------
 
     def check_placement(self) -> None:
