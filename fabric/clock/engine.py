@@ -110,9 +110,10 @@ class Engine:
         served; with any other seed their order is drawn from it, so that seeds explore interleavings.
       pacing: ``"fast"`` (time jumps to the next event), ``("paced", ratio)`` (``ratio`` virtual seconds a wall
         second) or ``"manual"`` (time moves only inside :meth:`advance`).
+      explore: draw the order of simultaneous events; None: if ``seed`` is not 0.
     """
 
-    def __init__(self, seed: int = 0, pacing: Pacing = "fast") -> None:
+    def __init__(self, seed: int = 0, pacing: Pacing = "fast", *, explore: bool | None = None) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"the seed must be an int, not {seed!r}")
         self.seed = seed
@@ -127,7 +128,7 @@ class Engine:
         """Called when the main task returned: checks that raise when the run does not add up."""
         self.steps = 0
         """Timeline entries run, counted in passes; see :meth:`statistics`."""
-        self._draw: Callable[[], int] | None = self._ties() if seed else None
+        self._draw: Callable[[], int] | None = self._ties() if (bool(seed) if explore is None else explore) else None
         self._seq = 0
         self._ready: list[Any] = []
         self._later: list[Any] = []

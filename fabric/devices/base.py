@@ -77,6 +77,8 @@ class VmServices(Protocol):
     memory: GuestMemory
     mmio: AddressSpace
     ledger: Ledger
+    doorbells: Any
+    """The ioeventfds of the MMIO space: ``write(gpa, size, value)`` is true when one took a guest's write."""
     events: IrqEvents | None
     ipa_bits: int
     """Width of the guest physical address space (ARM)."""

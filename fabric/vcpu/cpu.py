@@ -152,6 +152,10 @@ class Cpu:
         if memory.is_writable(gpa, size):
             _WRITE[size](memory, gpa, value)
             return
+        if vcpu.vm.doorbells.write(gpa, size, value):
+            if vcpu.costs.exit_ns:
+                await self._spend(vcpu.costs.exit_ns)
+            return
         found = vcpu.vm.mmio.find(gpa, size)
         if vcpu.costs.exit_ns:
             await self._spend(vcpu.costs.exit_ns)

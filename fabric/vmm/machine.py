@@ -1,0 +1,247 @@
+"""A reference VMM: what every board shares.
+
+Written as a stranger's VMM would be, against the KVM interface and nothing behind it: fds, ioctls, eventfds,
+struct kvm_run. A board (:mod:`fabric.vmm.arm64_gicv3`) adds its interrupt controller and memory map.
+
+The machine has RAM in one memory slot, devices with a register block each (:mod:`fabric.guest.pci`), and a task a
+vCPU that sits in KVM_RUN and serves its exits. Programming an MSI-X entry makes a GSI route and an irqfd; a
+queue's doorbell is an ioeventfd.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from fabric.errors import KvmError
+from fabric.guest.pci import BAR_SIZE
+from fabric.kvm import Kvm
+from fabric.uapi import ioctl
+from fabric.uapi.kvm import (
+    KVM_EXIT_MMIO,
+    KVM_EXIT_SYSTEM_EVENT,
+    KVM_IRQ_ROUTING_MSI,
+    KVM_MSI_VALID_DEVID,
+    KVM_RUN_EXIT,
+    KVM_RUN_EXIT_REASON,
+    KVM_SYSTEM_EVENT_RESET,
+    KvmCreateDevice,
+    KvmDeviceAttr,
+    KvmIoeventfd,
+    KvmIrqfd,
+    KvmIrqRouting,
+    KvmIrqRoutingEntry,
+    KvmIrqRoutingMsi,
+    KvmRunMmio,
+    KvmRunSystemEvent,
+    KvmUserspaceMemoryRegion,
+)
+from fabric.uapi.usermem import SparseMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from fabric.guest.driver import InterruptDriver, MsiMessage, Pages
+    from fabric.kvm import EventFd
+    from fabric.vmm.device import Device
+
+
+class Machine:
+    """One VM with its memory, vCPUs and devices.
+
+    Args:
+      vcpus: how many (>= 1).
+      memory_bytes: guest RAM, a multiple of 4096; costs only what is touched.
+      name: of its Kvm, for channels and traces when several machines share a simulation.
+      options: host options for :class:`fabric.kvm.Kvm`.
+
+    A machine that is not needed any more is given back with :meth:`close`.
+    """
+
+    name = ""
+    """The board, as ``--board`` names it."""
+    arch = ""
+    ram_base = 0
+    bar_base = 0
+    """Where the register blocks of devices begin."""
+    first_msi_gsi = 0
+    """GSIs below it are the board's own."""
+
+    def __init__(self, vcpus: int, memory_bytes: int = 1 << 30, *, name: str = "", **options: Any) -> None:
+        if vcpus < 1:
+            raise ValueError(f"a machine has at least one vCPU, not {vcpus!r}")
+        self.user = SparseMemory()
+        self.kvm = Kvm(self.arch, user_memory=self.user, name=name, **options)
+        self.memory_bytes = memory_bytes
+        self.devices: list[Device] = []
+        self.stopped: str | None = None
+        """Why the guest ended: ``"shutdown"``, ``"reset"``, or None while it runs."""
+        self._scratch = self.user.map(4096)
+        self._routes: dict[int, MsiMessage] = {}
+        self.system_fd = self.kvm.open()
+        self.vm_fd = self.kvm.ioctl(self.system_fd, ioctl.KVM_CREATE_VM, self.machine_type())
+        self._ram = self.user.map(memory_bytes)
+        region = KvmUserspaceMemoryRegion(
+            guest_phys_addr=self.ram_base, memory_size=memory_bytes, userspace_addr=self._ram
+        )
+        self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_USER_MEMORY_REGION, bytearray(region.pack()))
+        self.vcpu_fds = [self._create_vcpu(number) for number in range(vcpus)]
+        self._run_size = self.kvm.ioctl(self.system_fd, ioctl.KVM_GET_VCPU_MMAP_SIZE)
+        self._run_areas = [self.kvm.mmap(fd, self._run_size) for fd in self.vcpu_fds]
+        self.create_irqchip()
+
+    # What a board adds.
+
+    def machine_type(self) -> int:
+        """The argument of KVM_CREATE_VM."""
+        return 0
+
+    def create_vcpu(self, fd: int, number: int) -> None:
+        """Initialise a new vCPU."""
+
+    def create_irqchip(self) -> None:
+        """Create the interrupt controller, when all vCPUs exist."""
+
+    def driver(self) -> InterruptDriver:
+        """A guest driver for this board's interrupt controller."""
+        raise NotImplementedError
+
+    def guest_pages(self) -> Pages:
+        """Memory that the guest may use for rings."""
+        raise NotImplementedError
+
+    async def start_secondary(self, cpu: Any, number: int) -> None:
+        """What CPU 0 of the guest does to start CPU ``number``."""
+        raise NotImplementedError
+
+    # ioctls in one line each.
+
+    def create_device(self, kind: int) -> int:
+        """KVM_CREATE_DEVICE; its fd."""
+        argument = bytearray(KvmCreateDevice(type=kind).pack())
+        self.kvm.ioctl(self.vm_fd, ioctl.KVM_CREATE_DEVICE, argument)
+        return KvmCreateDevice.unpack(argument).fd
+
+    def set_attr(self, fd: int, group: int, attr: int, value: int = 0, size: int = 8) -> None:
+        """KVM_SET_DEVICE_ATTR with ``value`` in user memory."""
+        self.user.write(self._scratch, value.to_bytes(size, "little"))
+        request = KvmDeviceAttr(group=group, attr=attr, addr=self._scratch)
+        self.kvm.ioctl(fd, ioctl.KVM_SET_DEVICE_ATTR, bytearray(request.pack()))
+
+    def _create_vcpu(self, number: int) -> int:
+        fd = self.kvm.ioctl(self.vm_fd, ioctl.KVM_CREATE_VCPU, number)
+        self.create_vcpu(fd, number)
+        return fd
+
+    # Guest memory, as the VMM maps it.
+
+    def read_memory(self, gpa: int, n: int) -> bytes:
+        """``n`` bytes of guest RAM."""
+        return self.user.read(self._ram + gpa - self.ram_base, n)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Write guest RAM, as a device's DMA does."""
+        self.user.write(self._ram + gpa - self.ram_base, data)
+
+    # Devices.
+
+    def add_device(self, device: Device) -> Device:
+        """Plug ``device`` in: it gets its device id and its register block."""
+        number = len(self.devices)
+        self.devices.append(device)
+        device.plug(self, devid=(number + 1) << 3, bar=self.bar_base + number * BAR_SIZE)
+        return device
+
+    def doorbell(self, address: int) -> EventFd:
+        """An eventfd signalled by 4-byte writes to guest physical ``address`` (KVM_IOEVENTFD)."""
+        event = self.kvm.eventfd()
+        request = KvmIoeventfd(addr=address, len=4, fd=int(event))
+        self.kvm.ioctl(self.vm_fd, ioctl.KVM_IOEVENTFD, bytearray(request.pack()))
+        return event
+
+    def interrupt(self, message: MsiMessage) -> EventFd:
+        """An eventfd that raises ``message``: a GSI route and an irqfd (KVM_SET_GSI_ROUTING, KVM_IRQFD)."""
+        gsi = self.first_msi_gsi + len(self._routes)
+        self._routes[gsi] = message
+        self._set_routes()
+        event = self.kvm.eventfd()
+        self.kvm.ioctl(self.vm_fd, ioctl.KVM_IRQFD, bytearray(KvmIrqfd(fd=int(event), gsi=gsi).pack()))
+        return event
+
+    def _set_routes(self) -> None:
+        table = bytearray(KvmIrqRouting(nr=len(self._routes)).pack())
+        for gsi, message in self._routes.items():
+            msi = KvmIrqRoutingMsi(
+                address_lo=message.address & 0xFFFF_FFFF,
+                address_hi=message.address >> 32,
+                data=message.data,
+                devid=message.devid,
+            )
+            entry = KvmIrqRoutingEntry(
+                gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=KVM_MSI_VALID_DEVID, u=msi.pack().ljust(32, b"\0")
+            )
+            table += entry.pack()
+        self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_GSI_ROUTING, table)
+
+    # Running.
+
+    def load(self, program: Callable[[Any], Awaitable[object]]) -> None:
+        """Give every vCPU its guest program."""
+        for fd in self.vcpu_fds:
+            self.kvm.load(fd, program)
+
+    async def run(self) -> None:
+        """Run vCPUs and devices until the guest shuts down; cancel it to stop the machine earlier."""
+        async with trio.open_nursery() as nursery:
+            for device in self.devices:
+                device.start(nursery)
+            for number in range(len(self.vcpu_fds)):
+                nursery.start_soon(self._run_vcpu, number, nursery.cancel_scope, name=f"vcpu{number}")
+
+    async def _run_vcpu(self, number: int, machine: trio.CancelScope) -> None:
+        run = self.kvm.run
+        fd = self.vcpu_fds[number]
+        area = self._run_areas[number]
+        while True:
+            try:
+                await run(fd)
+            except KvmError as error:
+                if error.errno == errno.EINTR:
+                    continue
+                raise
+            reason = int.from_bytes(area[KVM_RUN_EXIT_REASON : KVM_RUN_EXIT_REASON + 4], "little")
+            if reason == KVM_EXIT_MMIO:
+                self._mmio(area)
+            elif reason == KVM_EXIT_SYSTEM_EVENT:
+                event = KvmRunSystemEvent.unpack(area[KVM_RUN_EXIT:])
+                self.stopped = "reset" if event.type == KVM_SYSTEM_EVENT_RESET else "shutdown"
+                machine.cancel()
+                return
+            else:
+                raise RuntimeError(
+                    f"vCPU {number} left KVM_RUN with exit reason {reason}, which this VMM does not know"
+                )
+
+    def _mmio(self, area: memoryview) -> None:
+        mmio = KvmRunMmio.unpack(area[KVM_RUN_EXIT:])
+        number, offset = divmod(mmio.phys_addr - self.bar_base, BAR_SIZE)
+        device = self.devices[number] if 0 <= number < len(self.devices) else None
+        if mmio.is_write:
+            if device is not None:
+                device.write(offset, mmio.len, int.from_bytes(mmio.data[: mmio.len], "little"))
+            return
+        # A read that nobody answers gives all ones, as on a bus.
+        value = device.read(offset, mmio.len) if device is not None else (1 << 8 * mmio.len) - 1
+        data = value.to_bytes(mmio.len, "little").ljust(8, b"\0")
+        area[KVM_RUN_EXIT + 8 : KVM_RUN_EXIT + 16] = data
+
+    def close(self) -> None:
+        """Close every fd; what is pending then is dropped as ``vm closed``."""
+        for fd in [*self.vcpu_fds, *self.device_fds(), self.vm_fd, self.system_fd]:
+            self.kvm.close(fd)
+
+    def device_fds(self) -> list[int]:
+        """The fds of the board's KVM devices."""
+        return []
