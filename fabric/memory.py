@@ -6,7 +6,8 @@
   :class:`~fabric.uapi.usermem.SparseMemory` behind it a guest costs the 4 KiB pages it has written to.
 * :class:`AddressSpace` is a bus: MMIO or port ranges and who answers them.
 
-Rules and errnos: KVM API document of Linux 6.1, "KVM_SET_USER_MEMORY_REGION" and "KVM_GET_DIRTY_LOG".
+Rules and errnos: KVM API document of Linux 6.1, KVM_SET_USER_MEMORY_REGION, KVM_GET_DIRTY_LOG,
+KVM_CLEAR_DIRTY_LOG and KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fabric.errors import KvmError
 from fabric.uapi.kvm import (
+    KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_MAX_NR_PAGES,
     KVM_MEM_READONLY,
@@ -28,7 +31,7 @@ from fabric.uapi.kvm import (
 from fabric.uapi.usermem import SparseMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from fabric.uapi.usermem import Bytes, UserMemory
 
@@ -36,12 +39,55 @@ _MASK64 = (1 << 64) - 1
 _PAGE_MASK = PAGE_SIZE - 1
 
 
+class DirtyLog:
+    """Which pages of a slot were written, at the cost of those that are in the minority from the start."""
+
+    __slots__ = ("_all", "_pages", "count")
+
+    def __init__(self, count: int, *, all_dirty: bool = False) -> None:
+        self.count = count
+        """Pages of the slot."""
+        self._all = all_dirty
+        self._pages: set[int] = set()  # the dirty ones; with _all the clean ones
+
+    def mark(self, first: int, last: int) -> None:
+        """Pages ``first`` to ``last`` were written."""
+        if self._all:
+            self._pages.difference_update(range(first, last + 1))
+        else:
+            self._pages.update(range(first, last + 1))
+
+    def clear(self, pages: Iterable[int] | None = None) -> None:
+        """Forget these pages, or all."""
+        if pages is None:
+            self._all = False
+            self._pages.clear()
+        elif self._all:
+            self._pages.update(pages)
+        else:
+            self._pages.difference_update(pages)
+
+    def pages(self) -> list[int]:
+        """Dirty page numbers, ascending."""
+        if self._all:
+            return [page for page in range(self.count) if page not in self._pages]
+        return sorted(self._pages)
+
+    def bitmap(self) -> bytes:
+        """Bit n is page n, rounded up to 64 bits."""
+        size = (self.count + 63) // 64 * 8
+        bits = bytearray(((1 << self.count) - 1).to_bytes(size, "little") if self._all else size)
+        for page in self._pages:
+            bits[page >> 3] ^= 1 << (page & 7)
+        return bytes(bits)
+
+
 class MemSlot:
     """A range of guest memory. Addresses and sizes are multiples of 4 KiB."""
 
     __slots__ = ("base", "delta", "dirty", "end", "flags", "slot", "user_addr")
 
-    def __init__(self, region: KvmUserspaceMemoryRegion, dirty: set[int] | None) -> None:
+    def __init__(self, region: KvmUserspaceMemoryRegion, dirty: DirtyLog | None) -> None:
         self.slot = region.slot
         """Slot number in bits 15:0, address space in 31:16."""
         self.base = region.guest_phys_addr
@@ -51,7 +97,7 @@ class MemSlot:
         """What turns a guest physical address into a user address."""
         self.flags = region.flags
         self.dirty = dirty
-        """Numbers of the pages written since the log was last fetched; ``None`` without a log."""
+        """The pages written since they were last cleared; ``None`` without a log."""
 
     @property
     def pages(self) -> int:
@@ -87,6 +133,7 @@ class GuestMemory:
         "address_spaces",
         "gpa_bits",
         "gpa_errno",
+        "log_options",
         "readonly",
         "slots",
         "user",
@@ -111,6 +158,8 @@ class GuestMemory:
         self.gpa_bits = gpa_bits
         self.gpa_errno = gpa_errno
         self.user_bits = user_bits
+        self.log_options = 0
+        """KVM_DIRTY_LOG_* bits, as KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 was enabled with."""
         self._slots: dict[int, MemSlot] = {}  # KVM's 32-bit slot value to the slot
         self._spaces: list[list[MemSlot]] = [[] for _ in range(address_spaces)]  # each sorted by base
         self._starts: list[int] = []  # the bases of address space 0
@@ -135,10 +184,12 @@ class GuestMemory:
             self._check_change(old, region)
         if old is None or old.base != region.guest_phys_addr:
             self._check_place(old, region)
-        dirty: set[int] | None = None
+        dirty = None
         if region.flags & KVM_MEM_LOG_DIRTY_PAGES:
-            # A log that is on stays as it is when the slot moves; switched on anew it starts all clear.
-            dirty = set() if old is None or old.dirty is None else old.dirty
+            dirty = old.dirty if old is not None else None  # a log that is on stays as it is when the slot moves
+            if dirty is None:
+                initially_set = bool(self.log_options & KVM_DIRTY_LOG_INITIALLY_SET)
+                dirty = DirtyLog(region.memory_size >> PAGE_SHIFT, all_dirty=initially_set)
         self._replace(old, MemSlot(region, dirty))
 
     def add_ram(self, gpa: int, size: int, *, flags: int = 0) -> int:
@@ -150,24 +201,55 @@ class GuestMemory:
         return number
 
     def dirty_log(self, slot: int) -> bytes:
-        """The dirty bitmap of a slot, which is cleared: bit n is page n, rounded up to 64 bits.
+        """The dirty bitmap of a slot: bit n is page n, rounded up to 64 bits.
+
+        Fetching clears the log unless KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE is among the options.
 
         Raises:
             KvmError: EINVAL for a slot number out of range, ENOENT without such a slot or without a log.
         """
-        pages = self._log(slot)
-        bitmap = bytearray((self._slots[slot].pages + 63) // 64 * 8)
-        for page in pages:
-            bitmap[page >> 3] |= 1 << (page & 7)
-        pages.clear()
-        return bytes(bitmap)
+        log = self._log(slot)
+        bitmap = log.bitmap()
+        if not self.log_options & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:
+            log.clear()
+        return bitmap
 
     def dirty_pages(self, slot: int) -> list[int]:
         """As :meth:`dirty_log`, but the numbers of the dirty pages in ascending order."""
-        pages = self._log(slot)
-        numbers = sorted(pages)
-        pages.clear()
-        return numbers
+        log = self._log(slot)
+        pages = log.pages()
+        if not self.log_options & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:
+            log.clear()
+        return pages
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, fetch: Callable[[int], bytes]) -> None:
+        """Clear the pages whose bits are set in a bitmap that starts at ``first_page``: KVM_CLEAR_DIRTY_LOG.
+
+        Args:
+            fetch: gives that many bytes of the caller's bitmap; called when all else has been checked.
+
+        Raises:
+            KvmError: as :meth:`dirty_log`; EINVAL for pages the slot does not have, or when ``first_page`` or,
+                short of the slot's end, ``num_pages`` is not a multiple of 64.
+        """
+        self._check_slot(slot)
+        if first_page & 63:
+            raise KvmError(errno.EINVAL, f"first_page {first_page} is not a multiple of 64")
+        log = self._log(slot)
+        left = log.count - first_page
+        if left < 0 or num_pages > left or (num_pages < left and num_pages & 63):
+            raise KvmError(
+                errno.EINVAL, f"{num_pages} pages from {first_page} are not groups of 64 of the slot's {log.count}"
+            )
+        bitmap = fetch((num_pages + 63) // 64 * 8)
+        log.clear(
+            first_page + 8 * at + bit
+            for at, byte in enumerate(bitmap)
+            if byte
+            for bit in range(8)
+            # The last group may have bits beyond the pages asked for; they stand for nothing.
+            if byte >> bit & 1 and 8 * at + bit < num_pages
+        )
 
     # -- accesses by the guest and by devices
 
@@ -194,7 +276,7 @@ class GuestMemory:
             if slot.dirty is not None:
                 first = (at - slot.base) >> PAGE_SHIFT
                 last = (at + size - 1 - slot.base) >> PAGE_SHIFT
-                slot.dirty.update(range(first, last + 1))
+                slot.dirty.mark(first, last)
 
     def read_u8(self, gpa: int) -> int:
         """The byte at ``gpa``."""
@@ -285,9 +367,7 @@ class GuestMemory:
         start, end = region.guest_phys_addr, region.guest_phys_addr + region.memory_size
         for other in self._spaces[region.slot >> 16]:
             if other is not old and start < other.end and other.base < end:
-                raise KvmError(
-                    errno.EEXIST, f"{start:#x} to {end:#x} overlaps slot {other.slot:#x} at {other.base:#x}"
-                )
+                raise KvmError(errno.EEXIST, f"{start:#x} to {end:#x} overlaps slot {other.slot:#x} at {other.base:#x}")
         if end > 1 << self.gpa_bits:
             raise KvmError(self.gpa_errno, f"guest address {end:#x} is beyond {self.gpa_bits} bits")
 
@@ -303,7 +383,7 @@ class GuestMemory:
         self._starts = [slot.base for slot in self._spaces[0]]
         self._last = _NO_SLOT
 
-    def _log(self, slot: int) -> set[int]:
+    def _log(self, slot: int) -> DirtyLog:
         self._check_slot(slot)
         found = self._slots.get(slot)
         if found is None or found.dirty is None:
@@ -342,7 +422,9 @@ class GuestMemory:
                 assert slot.slot >> 16 == number
                 assert self._slots[slot.slot] is slot
                 assert (slot.dirty is not None) == bool(slot.flags & KVM_MEM_LOG_DIRTY_PAGES)
-                assert all(0 <= page < slot.pages for page in slot.dirty or ())
+                if slot.dirty is not None:
+                    assert slot.dirty.count == slot.pages
+                    assert all(0 <= page < slot.pages for page in slot.dirty._pages)
         assert sum(map(len, self._spaces)) == len(self._slots)
         assert [slot.base for slot in self._spaces[0]] == self._starts
 

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fabric
+from fabric.clock import current_engine
 from fabric.clock.arch_timer import (
     DEFAULT_FREQUENCY,
     ENABLE,
@@ -267,6 +269,27 @@ class TestTimer:
                 assert level == timers.virtual.level
         levels = [level for _, level in machine.line]
         assert [number % 2 == 0 for number in range(len(levels))] == levels
+
+
+class TestInASimulation:
+    def test_fires_in_virtual_time(self) -> None:
+        """On the engine's clock the line rises at the very nanosecond, while other tasks sleep."""
+        line: list[tuple[int, bool]] = []
+
+        async def main() -> None:
+            engine = current_engine()
+            assert engine is not None
+            timers = ArchTimers(ArchCounter(engine), virtual_sink=lambda level: line.append((fabric.now(), level)))
+            timers.load()
+            await fabric.sleep(5)
+            timers.write_sysreg("CNTV_TVAL_EL0", 10)
+            timers.write_sysreg("CNTV_CTL_EL0", ENABLE)
+            await fabric.sleep(1000)
+            timers.destroy()
+
+        fabric.run(main)
+
+        assert [(10 * TICK, True)] == line
 
 
 class TestRunning:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fabric.errors import KvmError
-from fabric.memory import AddressSpace, GuestMemory
+from fabric.memory import AddressSpace, DirtyLog, GuestMemory
+from fabric.uapi.kvm import KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 from fabric.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES as LOG
 from fabric.uapi.kvm import KVM_MEM_READONLY as READONLY
 from fabric.uapi.kvm import KvmUserspaceMemoryRegion as Region
@@ -269,6 +270,62 @@ class TestDirtyLog:
     def test_errors(self, memory: GuestMemory, slot: int, code: int) -> None:
         """A slot out of range is EINVAL, one without a log ENOENT."""
         assert code == errno_of(memory.dirty_log, slot)
+
+
+class TestManualDirtyLog:
+    """KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: fetching and clearing are two calls."""
+
+    @pytest.fixture
+    def memory(self) -> GuestMemory:
+        """A slot of 100 pages whose log starts all set."""
+        memory = GuestMemory()
+        memory.log_options = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET
+        memory.add_ram(0, 100 * PAGE, flags=LOG)
+        return memory
+
+    def test_a_log_may_start_all_set(self, memory: GuestMemory) -> None:
+        """All pages are dirty, and no bit stands for a page there is not."""
+        assert ((1 << 100) - 1).to_bytes(16, "little") == memory.dirty_log(0)
+        assert list(range(100)) == memory.dirty_pages(0)
+
+    def test_an_all_set_log_costs_what_was_cleared(self) -> None:
+        """A terabyte of dirty pages is not a quarter of a billion numbers."""
+        log = DirtyLog(1 << 28, all_dirty=True)
+        log.clear([5])
+        log.mark(3, 5)
+
+        assert 0 == len(log._pages)
+
+    def test_clearing(self, memory: GuestMemory) -> None:
+        """What is cleared stays clear until it is written again; the rest stays dirty."""
+        memory.clear_dirty_log(0, 64, 36, lambda n: b"\xff" * n)
+        memory.clear_dirty_log(0, 0, 64, lambda n: b"\xfe" + b"\xff" * (n - 1))
+        memory.write_u8(70 * PAGE, 1)
+
+        assert [0, 70] == memory.dirty_pages(0)
+        assert [0, 70] == memory.dirty_pages(0)
+
+    @pytest.mark.parametrize(
+        ("slot", "first", "pages", "code"),
+        [
+            pytest.param(0, 1, 63, errno.EINVAL, id="first-not-64"),
+            pytest.param(0, 0, 63, errno.EINVAL, id="number-not-64"),
+            pytest.param(0, 128, 0, errno.EINVAL, id="first-beyond"),
+            pytest.param(0, 64, 37, errno.EINVAL, id="number-beyond"),
+            pytest.param(1, 0, 64, errno.ENOENT, id="no-slot"),
+            pytest.param(32767, 0, 64, errno.EINVAL, id="slot"),
+        ],
+    )
+    def test_errors(self, memory: GuestMemory, slot: int, first: int, pages: int, code: int) -> None:
+        """Pages are cleared in groups of 64 up to the slot's end; the bitmap is not looked at before."""
+        fetched: list[int] = []
+
+        def fetch(n: int) -> bytes:
+            fetched.append(n)
+            return bytes(n)
+
+        assert code == errno_of(memory.clear_dirty_log, slot, first, pages, fetch)
+        assert [] == fetched
 
 
 PAGES = 12  # of guest memory in the model below, and of user memory
