@@ -125,13 +125,20 @@ class Ledger:
             dict(sorted(self.dropped.items())),
         )
 
+    def close(self, reason: str) -> LedgerStatement:
+        """The end of a VM: what is still pending or under way is dropped, probes are forgotten. Checks."""
+        statement = self.check()
+        self.raised = statement.raised
+        self.drop(reason, statement.pending)
+        self._pending.clear()
+        self._in_flight.clear()
+        return self.statement()
+
     def check(self) -> LedgerStatement:
         """The statement, if it balances; LedgerError with the whole account otherwise."""
         statement = self.statement()
         if not statement.balanced:
             lost = statement.missing
-            verdict = (
-                f"{lost} lost" if lost > 0 else f"{-lost} invented" if lost < 0 else "a count is negative"
-            )
+            verdict = f"{lost} lost" if lost > 0 else f"{-lost} invented" if lost < 0 else "a count is negative"
             raise LedgerError(f"the ledger does not balance, {verdict}: {statement}")
         return statement

@@ -1,0 +1,377 @@
+"""arm64 vCPU fds: KVM_ARM_VCPU_INIT, registers, power state. The attributes are in :mod:`fabric.kvm.arm64_attrs`.
+
+Rules: api.arm-vcpu-init, api.get-one-reg, api.set-one-reg and vcpu.first-run of the interface inventory.
+"""
+
+from __future__ import annotations
+
+import errno
+from functools import partial
+from sys import byteorder
+from typing import TYPE_CHECKING, ClassVar
+
+from fabric.clock.arch_timer import ArchTimers
+from fabric.devices.attributes import AttrTable, Pointer
+from fabric.errors import KvmError
+from fabric.kvm.arm64_attrs import INVALID_IPA, VCPU_ATTRIBUTES, s32
+from fabric.kvm.device_fd import attribute_table
+from fabric.kvm.dispatch import POINTER, Ioctl, Members
+from fabric.uapi import arm64 as arm
+from fabric.uapi import ioctl as requests
+from fabric.uapi import kvm as uapi
+from fabric.uapi.usermem import UserPointer
+
+if TYPE_CHECKING:
+    from fabric.devices.arm.vgic_irq import WiredIrq
+    from fabric.kvm.arm64 import ArmVmPart
+    from fabric.kvm.vm import VcpuFile, Vm
+    from fabric.vcpu import Arm64Vcpu
+
+AFFINITY_MASK = 0xFF_00FF_FFFF
+
+_PTRAUTH = (1 << arm.KVM_ARM_VCPU_PTRAUTH_ADDRESS) | (1 << arm.KVM_ARM_VCPU_PTRAUTH_GENERIC)
+_ALL_FEATURES = (1 << arm.KVM_VCPU_MAX_FEATURES) - 1
+
+CORE_REGS_SIZE = 864
+"""struct kvm_regs: user_pt_regs (x0-x30, sp, pc, pstate), sp_el1, elr_el1, spsr[5], padding, fp_regs."""
+
+
+class ArmVcpuPart:
+    """What the KVM layer keeps for an arm64 vCPU, besides the vCPU itself."""
+
+    __slots__ = (
+        "core",
+        "events",
+        "features",
+        "pmu_created",
+        "pmu_irq",
+        "steal_base",
+        "suspended",
+        "sve_finalized",
+        "sysregs",
+        "timers_enabled",
+        "vcpu",
+        "vm",
+    )
+
+    attributes: ClassVar[AttrTable] = VCPU_ATTRIBUTES
+
+    def __init__(self, vm: Vm, vcpu: Arm64Vcpu) -> None:
+        self.vm = vm
+        self.vcpu = vcpu
+        self.shared.vcpus.append(self)
+        self.features = 0
+        """Bits of KVM_ARM_VCPU_*."""
+        self.pmu_irq: int | None = None
+        self.pmu_created = False
+        self.steal_base = INVALID_IPA
+        self.sve_finalized = False
+        self.suspended = False
+        self.timers_enabled = False
+        self.core = bytearray(CORE_REGS_SIZE)
+        """struct kvm_regs. Kept for its owner; guest programs have no registers."""
+        self.sysregs: dict[int, int] = {}
+        """Register id to value, those that only userspace looks at."""
+        self.events = arm.KvmVcpuEvents()
+
+    @property
+    def shared(self) -> ArmVmPart:
+        """What all vCPUs of the VM have in common."""
+        part: ArmVmPart = self.vm.part
+        return part
+
+    def has(self, feature: int) -> bool:
+        """Whether the vCPU has a KVM_ARM_VCPU_* feature."""
+        return bool(self.features >> feature & 1)
+
+    # -- KVM_ARM_VCPU_INIT
+
+    def initialize(self, init: arm.KvmVcpuInit) -> None:
+        """Set target and features, and reset. KvmError(EINVAL, ENOENT)."""
+        if init.target != arm.KVM_ARM_TARGET_GENERIC_V8:
+            raise KvmError(errno.EINVAL, f"the target must be {arm.KVM_ARM_TARGET_GENERIC_V8}, not {init.target}")
+        wanted = sum(word << 32 * n for n, word in enumerate(init.features))
+        known = wanted & _ALL_FEATURES
+        if not self.vcpu.initialized:
+            # Known features of a call that fails with ENOENT stay, and are there in the next.
+            self.features |= known
+        elif known != self.features:
+            raise KvmError(errno.EINVAL, f"features {known:#x} are not {self.features:#x}, those of the first call")
+        if wanted != known:
+            raise KvmError(errno.ENOENT, f"features {wanted:#x} has a bit of {arm.KVM_VCPU_MAX_FEATURES} or above")
+        try:
+            self._check_features()
+        except KvmError:
+            self.features = 0
+            self.vcpu.initialized = False
+            raise
+        self._reset()
+
+    def _check_features(self) -> None:
+        options = self.vm.options
+        narrow = self.has(arm.KVM_ARM_VCPU_EL1_32BIT)
+        if narrow and not options["el1_32bit"]:
+            raise KvmError(errno.EINVAL, "this host has no 32-bit EL1")
+        if self.shared.el1_32bit not in (None, narrow):
+            raise KvmError(errno.EINVAL, "all vCPUs of a VM have the same register width")
+        self.shared.el1_32bit = narrow
+        if self.has(arm.KVM_ARM_VCPU_SVE) and not options["sve"]:
+            raise KvmError(errno.EINVAL, "this host has no SVE")
+        if self.features & _PTRAUTH and (self.features & _PTRAUTH != _PTRAUTH or not options["ptrauth"]):
+            raise KvmError(errno.EINVAL, "pointer authentication comes with both kinds of keys, or not at all")
+        if self.has(arm.KVM_ARM_VCPU_PMU_V3) and not options["pmu_ids"]:
+            raise KvmError(errno.EINVAL, "this host has no PMU")
+
+    def _reset(self) -> None:
+        vcpu = self.vcpu
+        self.core[:] = bytes(CORE_REGS_SIZE)
+        self.core[_PSTATE : _PSTATE + 8] = _PSTATE_RESET[self.has(arm.KVM_ARM_VCPU_EL1_32BIT)].to_bytes(8, byteorder)
+        self.events = arm.KvmVcpuEvents()
+        self.set_mpidr(arm.mpidr_for_vcpu_id(vcpu.vcpu_id))
+        vcpu.timers.reset()
+        vcpu.features = frozenset(n for n in range(arm.KVM_VCPU_MAX_FEATURES) if self.has(n))
+        vcpu.initialized = True
+        self.suspended = False
+        if self.has(arm.KVM_ARM_VCPU_POWER_OFF):
+            vcpu.power_off()
+        else:
+            vcpu.power_on()
+        if self.vm.irqchip is not None:
+            self.vm.irqchip.vcpu_initialized(vcpu)
+
+    def set_mpidr(self, value: int) -> None:
+        """MPIDR_EL1, and with it the affinity by which the GIC knows the vCPU."""
+        self.sysregs[arm.KVM_REG_ARM_MPIDR_EL1] = value
+        self.vcpu.mpidr = value & AFFINITY_MASK
+
+    def finalize(self, feature: int) -> None:
+        """KVM_ARM_VCPU_FINALIZE. KvmError(ENOEXEC, EINVAL, EPERM)."""
+        self.check_initialized()
+        if feature != arm.KVM_ARM_VCPU_SVE or not self.has(feature):
+            raise KvmError(errno.EINVAL, f"feature {feature} is not one of this vCPU that is finalised")
+        if self.sve_finalized:
+            raise KvmError(errno.EPERM, "SVE is finalised already")
+        self.sve_finalized = True
+
+    # -- what calls and the first KVM_RUN ask for
+
+    def check_initialized(self) -> None:
+        """KvmError(ENOEXEC) before KVM_ARM_VCPU_INIT."""
+        if not self.vcpu.initialized:
+            raise KvmError(errno.ENOEXEC, f"vCPU {self.vcpu.vcpu_id} was not given KVM_ARM_VCPU_INIT")
+
+    def check_finalized(self) -> None:
+        """KvmError(EPERM) with a feature that was not finalised."""
+        if self.has(arm.KVM_ARM_VCPU_SVE) and not self.sve_finalized:
+            raise KvmError(errno.EPERM, "SVE was not finalised")
+
+    def enable_timers(self) -> None:
+        """Wire the timers to their PPIs. KvmError(EINVAL) when the PPIs are not theirs alone, or differ."""
+        if self.timers_enabled:
+            return
+        timers = self.vcpu.timers
+        vgic = self.vm.irqchip
+        if vgic is not None:
+            try:
+                lines = [(timer, self.claim(timer.intid, timer)) for timer in (timers.virtual, timers.physical)]
+            except KvmError as error:
+                raise KvmError(errno.EINVAL, f"a timer cannot have its interrupt: {error.strerror}") from None
+            for vcpu in self.vm.vcpus:
+                other = vcpu.timers  # type: ignore[attr-defined]
+                if _intids(other) != _intids(timers):
+                    raise KvmError(errno.EINVAL, "the timer interrupts must be the same on all vCPUs")
+            for timer, irq in lines:
+                timer.sink = partial(vgic.line_level, irq)
+        self.timers_enabled = True
+
+    def check_pmu(self) -> None:
+        """KvmError(EINVAL) with a PMU that was not set up."""
+        if not self.has(arm.KVM_ARM_VCPU_PMU_V3):
+            return
+        if not self.pmu_created:
+            raise KvmError(errno.EINVAL, "the PMU was not initialised")
+        vgic = self.vm.irqchip
+        if vgic is None:
+            if self.pmu_irq is not None:
+                raise KvmError(errno.EINVAL, "the PMU has an interrupt, and the VM no in-kernel GIC")
+        elif self.pmu_irq is None or not arm.VGIC_NR_SGIS <= self.pmu_irq < vgic.nr_irqs:
+            raise KvmError(errno.EINVAL, f"this GIC does not have the PMU's interrupt {self.pmu_irq}")
+
+    def claim(self, intid: int, owner: object) -> WiredIrq:
+        """Wire a PPI of this vCPU, or an SPI, to an in-kernel device.
+
+        Raises:
+            KvmError: EAGAIN before the GIC is initialised, EINVAL for a number that it does not have, EEXIST
+                when another device has it.
+        """
+        vgic = self.vm.irqchip
+        if not vgic.initialized:
+            raise KvmError(errno.EAGAIN, "the GIC is not initialised")
+        if not arm.VGIC_NR_SGIS <= intid < vgic.nr_irqs:
+            raise KvmError(errno.EINVAL, f"the GIC has no PPI or SPI {intid}")
+        irq: WiredIrq
+        if intid < arm.VGIC_NR_PRIVATE_IRQS:
+            irq = self.vcpu.cpu_interface.private[intid]
+        else:
+            irq = vgic.spis[intid - arm.VGIC_NR_PRIVATE_IRQS]
+        if irq.owner is not None and irq.owner is not owner:
+            raise KvmError(errno.EEXIST, f"interrupt {intid} belongs to another device")
+        irq.owner = owner
+        return irq
+
+    # -- KVM_GET/SET_ONE_REG
+
+    def get_reg(self, reg: int, ptr: Pointer) -> None:
+        """Store the register's value at ``ptr``. KvmError(ENOEXEC, EINVAL, ENOENT, EFAULT)."""
+        self._check_reg(reg)
+        if reg in ArchTimers.ONE_REG_IDS:
+            ptr.put_u64(self.vcpu.timers.get_one_reg(reg))
+        elif reg & arm.KVM_REG_ARM_COPROC_MASK == arm.KVM_REG_ARM_CORE:
+            at, size = core_reg(reg)
+            ptr.write(self.core[at : at + size])
+        else:
+            ptr.put_u64(self._sysreg(reg))
+
+    def set_reg(self, reg: int, ptr: Pointer) -> None:
+        """Take the register's value from ``ptr``. KvmError as for :meth:`get_reg`."""
+        self._check_reg(reg)
+        if reg in ArchTimers.ONE_REG_IDS:
+            self.vcpu.timers.set_one_reg(reg, ptr.u64())
+        elif reg & arm.KVM_REG_ARM_COPROC_MASK == arm.KVM_REG_ARM_CORE:
+            at, size = core_reg(reg)
+            value = ptr.read(size)
+            if at == _PSTATE:
+                self._check_mode(int.from_bytes(value, byteorder))
+            self.core[at : at + size] = value
+        else:
+            self._sysreg(reg)
+            self.set_mpidr(ptr.u64())
+
+    def _check_reg(self, reg: int) -> None:
+        self.check_initialized()
+        if (reg & ~uapi.KVM_REG_SIZE_MASK) >> 32 != uapi.KVM_REG_ARM64 >> 32:
+            raise KvmError(errno.EINVAL, f"{reg:#x} is no register id of arm64")
+
+    def _sysreg(self, reg: int) -> int:
+        value = self.sysregs.get(reg)
+        if value is None:
+            raise KvmError(errno.ENOENT, f"there is no register {reg:#x}")
+        return value
+
+    def _check_mode(self, pstate: int) -> None:
+        """EINVAL for a PSTATE whose mode the vCPU does not have."""
+        narrow = self.has(arm.KVM_ARM_VCPU_EL1_32BIT)
+        mode = pstate & 0x1F
+        allowed = _MODES_32 if narrow and pstate & 0x10 else () if narrow else _MODES_64
+        if mode not in allowed:
+            raise KvmError(errno.EINVAL, f"PSTATE {pstate:#x} has a mode that this vCPU does not have")
+
+    # -- power
+
+    @property
+    def mp_state(self) -> int:
+        """KVM_MP_STATE_*."""
+        if self.vcpu.powered_off:
+            return uapi.KVM_MP_STATE_STOPPED
+        return uapi.KVM_MP_STATE_SUSPENDED if self.suspended else uapi.KVM_MP_STATE_RUNNABLE
+
+    @mp_state.setter
+    def mp_state(self, state: int) -> None:
+        if state not in (uapi.KVM_MP_STATE_RUNNABLE, uapi.KVM_MP_STATE_STOPPED, uapi.KVM_MP_STATE_SUSPENDED):
+            raise KvmError(errno.EINVAL, f"an arm64 vCPU has no state {state}")
+        self.suspended = state == uapi.KVM_MP_STATE_SUSPENDED
+        if state == uapi.KVM_MP_STATE_STOPPED:
+            self.vcpu.power_off()
+        else:
+            self.vcpu.power_on()
+
+
+_PSTATE = 264
+_PSTATE_RESET = (0x3C5, 0x1D3)
+"""EL1h or, in AArch32, SVC; all exceptions masked."""
+_MODES_64 = (0x0, 0x4, 0x5)  # EL0t, EL1t, EL1h
+_MODES_32 = (0x10, 0x11, 0x12, 0x13, 0x17, 0x1B, 0x1F)  # user, FIQ, IRQ, supervisor, abort, undefined, system
+_CORE_PARTS = ((0, 328, 8), (336, 848, 16), (848, 856, 4))
+"""Where struct kvm_regs has members, and of which size."""
+
+
+def core_reg(reg: int) -> tuple[int, int]:
+    """Offset in struct kvm_regs and size of a core register.
+
+    Raises:
+        KvmError: ENOENT beyond the struct, EINVAL where no member of the id's size begins.
+    """
+    at, size = 4 * (reg & 0xFFFF), uapi.reg_size(reg)
+    if at + size // 4 * 4 >= CORE_REGS_SIZE:
+        raise KvmError(errno.ENOENT, f"core register {reg:#x} is beyond struct kvm_regs")
+    for start, end, member in _CORE_PARTS:
+        if start <= at < end and not (at - start) % member and size == member:
+            return at, size
+    raise KvmError(errno.EINVAL, f"no core register of {size} bytes is at offset {at}")
+
+
+def _intids(timers: ArchTimers) -> tuple[int, int]:
+    return timers.virtual.intid, timers.physical.intid
+
+
+# -- ioctls -----------------------------------------------------------------------------------------------------
+
+
+def _vcpu_init(file: VcpuFile, init: arm.KvmVcpuInit) -> None:
+    file.part.initialize(init)
+
+
+def _vcpu_finalize(file: VcpuFile, ptr: Pointer) -> None:
+    file.part.check_initialized()
+    file.part.finalize(s32(ptr))
+
+
+def _get_one_reg(file: VcpuFile, ptr: Pointer) -> None:
+    file.part.check_initialized()
+    reg = uapi.KvmOneReg.unpack(ptr.read(uapi.KvmOneReg.SIZE))
+    file.part.get_reg(reg.id, UserPointer(file.kvm.user_memory, reg.addr))
+
+
+def _set_one_reg(file: VcpuFile, ptr: Pointer) -> None:
+    file.part.check_initialized()
+    reg = uapi.KvmOneReg.unpack(ptr.read(uapi.KvmOneReg.SIZE))
+    file.part.set_reg(reg.id, UserPointer(file.kvm.user_memory, reg.addr))
+
+
+def _get_mp_state(file: VcpuFile, ptr: Pointer) -> None:
+    ptr.put_u32(file.part.mp_state)
+
+
+def _set_mp_state(file: VcpuFile, state: int) -> None:
+    file.part.mp_state = state
+
+
+def _get_vcpu_events(file: VcpuFile, ptr: Pointer) -> None:
+    """The SError that is pending; ``serror_has_esr`` says that this host can give it a syndrome."""
+    events: arm.KvmVcpuEvents = file.part.events
+    has_esr = int(file.vm.options["ras"])
+    ptr.write(arm.KvmVcpuEvents(events.serror_pending, has_esr, serror_esr=events.serror_esr).pack())
+
+
+def _set_vcpu_events(file: VcpuFile, events: arm.KvmVcpuEvents) -> None:
+    if events.serror_pending and events.serror_has_esr:
+        if not file.vm.options["ras"]:
+            raise KvmError(errno.EINVAL, "this host cannot give an SError a syndrome")
+        if events.serror_esr >> 25:
+            raise KvmError(errno.EINVAL, f"a syndrome has 25 bits, not {events.serror_esr:#x}")
+    if events.serror_pending:
+        esr = events.serror_esr if events.serror_has_esr else 0
+        file.part.events = arm.KvmVcpuEvents(serror_pending=1, serror_esr=esr)
+
+
+VCPU_TABLE = (
+    *attribute_table(lambda file: file.part),
+    Ioctl(requests.KVM_ARM_VCPU_INIT, arm.KvmVcpuInit, _vcpu_init),
+    Ioctl(requests.KVM_ARM_VCPU_FINALIZE, POINTER, _vcpu_finalize),
+    Ioctl(requests.KVM_GET_ONE_REG, POINTER, _get_one_reg),
+    Ioctl(requests.KVM_SET_ONE_REG, POINTER, _set_one_reg),
+    Ioctl(requests.KVM_GET_MP_STATE, POINTER, _get_mp_state),
+    Ioctl(requests.KVM_SET_MP_STATE, Members(uapi.KvmMpState), _set_mp_state),
+    Ioctl(requests.KVM_GET_VCPU_EVENTS, POINTER, _get_vcpu_events),
+    Ioctl(requests.KVM_SET_VCPU_EVENTS, arm.KvmVcpuEvents, _set_vcpu_events),
+)

@@ -1,0 +1,38 @@
+"""Device fds: attributes. vCPU fds use the same three handlers where the architecture has vCPU attributes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fabric.kvm.dispatch import Ioctl, Members
+from fabric.uapi import ioctl as requests
+from fabric.uapi.kvm import KvmDeviceAttr
+from fabric.uapi.usermem import UserPointer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fabric.devices.attributes import Op
+    from fabric.kvm.fds import File
+
+
+def attribute_table(owner: Callable[[Any], Any]) -> tuple[Ioctl, ...]:
+    """KVM_SET/GET/HAS_DEVICE_ATTR on the files for which ``owner(file)`` has the attributes."""
+
+    def access(op: Op) -> Callable[..., int]:
+        def handler(file: File, _flags: int, group: int, attr: int, addr: int) -> int:
+            # No flags are defined, and no kernel looks at the field.
+            target = owner(file)
+            result: int = target.attributes.dispatch(target, op, group, attr, UserPointer(file.kvm.user_memory, addr))
+            return result
+
+        return handler
+
+    return (
+        Ioctl(requests.KVM_SET_DEVICE_ATTR, Members(KvmDeviceAttr), access("set")),
+        Ioctl(requests.KVM_GET_DEVICE_ATTR, Members(KvmDeviceAttr), access("get")),
+        Ioctl(requests.KVM_HAS_DEVICE_ATTR, Members(KvmDeviceAttr), access("has")),
+    )
+
+
+TABLE = attribute_table(lambda file: file.device)
