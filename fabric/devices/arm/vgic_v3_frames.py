@@ -143,7 +143,9 @@ class Frames:
         self.regions.append(region)
         try:
             for cpu in self.vgic.cpus:
-                self.place(cpu)
+                if cpu.region is None:
+                    self.check_placement()
+                    self.place(cpu)
         except KvmError:
             self.regions.pop()
             raise
@@ -158,18 +160,15 @@ class Frames:
     # -- placing ---------------------------------------------------------------------------------------------
 
     def check_placement(self) -> None:
-        """Whether a new vCPU's redistributor may be placed. KvmError(EINVAL)."""
+        """Whether another redistributor may be placed, if there is room for one. KvmError(EINVAL)."""
         if any(not region.full for region in self.regions):
             self._check_layout()
 
     def place(self, cpu: VgicV3Cpu) -> None:
-        """Give ``cpu`` the next free place, if there is one and it has none."""
-        if cpu.region is not None:
-            return
+        """Give ``cpu`` the next free place, if there is one."""
         region = next((region for region in self.regions if not region.full), None)
         if region is None:
             return
-        self._check_layout()
         cpu.region = region
         cpu.slot = region.used
         region.used += 1
