@@ -7,12 +7,15 @@ queue (:mod:`~fabric.devices.arm.vgic_its_commands`); save and restore go throug
 
 The translation cache
 ---------------------
-A translation that was used is remembered by ``device id << 32 | event id``, so that an MSI is one dict lookup.
-The cache is no mere speed-up, it shows: a cached MSI is delivered without KVM_MSI_VALID_DEVID and without asking
-whether the target has LPIs enabled. It is dropped, for all ITSs of the VM, by everything that unmaps or moves
-an event (MOVI, MOVALL, DISCARD, MAPD of a known device, MAPC with V=0), by disabling the ITS and by clearing
-EnableLPIs; MAPC to another vCPU, CLEAR and a repeated MAPTI keep it. Linux 6.1 remembers the last 16 used for
-each vCPU; here they are so many that forgetting does not show, as in later kernels.
+KVM remembers translations that were used, and that is no mere speed-up, it shows: a cached MSI is delivered
+without KVM_MSI_VALID_DEVID and without asking whether the target has LPIs enabled. All are forgotten, for every
+ITS of the VM, by what unmaps or moves an event (MOVI, MOVALL, DISCARD, MAPD of a known device, MAPC with V=0),
+by disabling an ITS and by clearing EnableLPIs; MAPC to another vCPU, CLEAR and a repeated MAPTI keep them. Linux
+6.1 remembers the last 16 used for each vCPU; here, as in later kernels, there is no limit.
+
+A device has a flag for each event, valid while the device's epoch is the VM's, so that forgetting is counting up
+the epoch. A sender bound to one event (:func:`msi_sender`) keeps LPI and epoch itself: an MSI is then one
+comparison and the LPI made pending.
 
 Specification: arm-vgic-its (device attributes, table format); GICv3 architecture (IHI 0069), chapter 5 and
 section 12.18 (GITS registers).
@@ -50,8 +53,6 @@ if TYPE_CHECKING:
     from fabric.devices.base import VmServices
     from fabric.uapi.kvm import KvmMsi
 
-CACHE_SIZE = 1 << 16
-"""Translations remembered; when there are more, all are forgotten, which costs less than an order of use."""
 CBASER_ADDRESS = 0x000F_FFFF_FFFF_F000
 
 ITS_DISABLED = "ITS disabled"
@@ -61,11 +62,13 @@ LPIS_DISABLED = "LPIs disabled"
 class ItsGroup:
     """What the ITSs of one VM have in common."""
 
-    __slots__ = ("doorbells", "shares")
+    __slots__ = ("doorbells", "epoch", "shares")
 
     def __init__(self) -> None:
-        self.doorbells: dict[int, Its] = {}
-        """Doorbell address to the ITS that was first placed there."""
+        self.epoch = 0
+        """How often the translation cache was dropped."""
+        self.doorbells: dict[int, list[Its]] = {}
+        """Doorbell address to the ITSs placed there: MSIs go to the first, and the cache is common."""
         self.shares: dict[int, int] = {}
         """LPI to how many events map it besides the first; most LPIs have one event and are not in here."""
 
@@ -81,7 +84,6 @@ class Its:
     attributes: ClassVar[AttrTable] = ITS_ATTRIBUTES
 
     __slots__ = (
-        "_cached",
         "_pend",
         "_vgic",
         "abi",
@@ -96,7 +98,6 @@ class Its:
         "event_id_bits",
         "group",
         "refused",
-        "translations",
         "vm",
     )
 
@@ -112,8 +113,6 @@ class Its:
         self.devices: dict[int, ItsDevice] = {}
         self.collections: dict[int, Collection] = {}
         self.refused: dict[str, int] = {}
-        self.translations: dict[int, VgicIrq] = {}
-        self._cached = self.translations.get
         self._vgic: Vgic | None = None
         self._pend: Callable[[VgicIrq], None]
         self.group: ItsGroup = vm.its_list[0].group if vm.its_list else ItsGroup()
@@ -133,7 +132,7 @@ class Its:
 
     def destroy(self) -> None:
         """The VM goes away."""
-        self.translations.clear()
+        self.invalidate_cache()
 
     @property
     def vgic(self) -> Vgic:
@@ -158,11 +157,21 @@ class Its:
         Raises:
             KvmError: EBUSY while the ITS is disabled, or LPIs are at the target.
         """
-        irq = self._cached(devid << 32 | eventid)
+        irq = self.cached(devid, eventid)
         if irq is None:
             return self.signal_uncached(devid, eventid)
         self._pend(irq)
         return 1
+
+    def cached(self, devid: int, eventid: int) -> VgicIrq | None:
+        """The LPI of an event whose translation is cached, or None."""
+        device = self.devices.get(devid)
+        if device is None or device.epoch != self.group.epoch:
+            return None
+        try:
+            return device.irqs[eventid] if device.cached[eventid] else None
+        except LookupError:
+            return None
 
     def signal_uncached(self, devid: int, eventid: int) -> int:
         """As :meth:`signal_msi`, by the maps alone: what an address other than the doorbell gets."""
@@ -188,9 +197,9 @@ class Its:
         elif not self.vgic.cpus[collection.rdbase].lpis_enabled:
             lost = LPIS_DISABLED
         else:
-            if len(self.translations) >= CACHE_SIZE:
-                self.translations.clear()
-            self.translations[devid << 32 | eventid] = irq
+            siblings = self.group.doorbells.get((self.base or 0) + GITS_TRANSLATER, ())
+            if len(siblings) < 2 or not any(its.cached(devid, eventid) for its in siblings):
+                device.cache(eventid, self.group.epoch)
             self._pend(irq)
             return None
         # The guest sees no interrupt, so this is told to the ledger only.
@@ -265,7 +274,7 @@ class Its:
         """The device is gone from the maps: so are its events."""
         for _, irq, _ in device.events():
             self.release(irq)
-        self.invalidate_all()
+        self.invalidate_cache()
 
     def forget_devices(self) -> None:
         """Unmap all devices with their events."""
@@ -295,13 +304,8 @@ class Its:
                     vgic.retarget(irq, target)
 
     def invalidate_cache(self) -> None:
-        """Forget the cached translations of this ITS."""
-        self.translations.clear()
-
-    def invalidate_all(self) -> None:
-        """Forget the cached translations of every ITS of the VM."""
-        for its in self.vm.its_list:
-            its.invalidate_cache()
+        """Forget the cached translations, those of every ITS of the VM."""
+        self.group.epoch += 1
 
     # -- commands and registers -----------------------------------------------------------------------------
 
@@ -332,7 +336,7 @@ class Its:
         if on:
             self.process()
         else:
-            self.invalidate_all()
+            self.invalidate_cache()
 
     def reset(self) -> None:
         """KVM_DEV_ARM_ITS_CTRL_RESET: address, table format and all of BASER but Valid are kept."""
@@ -349,10 +353,7 @@ class Its:
         """
         self.base = base
         self.vm.mmio.add(base, ITS_SIZE, self, shadow=True)
-        first = self.group.doorbells.setdefault(base + GITS_TRANSLATER, self)
-        # The cache goes by the doorbell's address, so that two ITSs at one address share it.
-        self.translations = first.translations
-        self._cached = self.translations.get
+        self.group.doorbells.setdefault(base + GITS_TRANSLATER, []).append(self)
 
     def mmio_read(self, offset: int, size: int, vcpu: Any) -> int:
         """A guest's read from the frame."""
@@ -393,10 +394,10 @@ class Its:
         for icid, collection in self.collections.items():
             assert icid == collection.icid
             assert collection.rdbase is None or collection.rdbase < len(self.vm.vcpus)
-        siblings = [its for its in self.vm.its_list if its.translations is self.translations]
-        for key, irq in self.translations.items():
-            found = [its.devices[key >> 32] for its in siblings if key >> 32 in its.devices]
-            assert irq in [device.event(key & 0xFFFF_FFFF) for device in found]
+        for device in self.devices.values():
+            for eventid in device.cached_events(self.group.epoch):
+                assert self.enabled
+                assert device.event(eventid) is not None
 
 
 # -- the ways in ------------------------------------------------------------------------------------------------
@@ -419,9 +420,8 @@ def signal_msi(vm: VmServices, msi: KvmMsi) -> int:
     if not vm.its_list:
         raise _lost(vm, errno.ENODEV, "no ITS")
     address = msi.address_hi << 32 | msi.address_lo
-    cached: Its | None = vm.its_list[0].group.doorbells.get(address)
-    if cached is not None and (irq := cached.translations.get(msi.devid << 32 | msi.data)) is not None:
-        cached.vgic.pend_edge(irq)
+    if (irq := _cached(vm, address, msi)) is not None:
+        vm.irqchip.pend_edge(irq)
         return 1
     if not msi.flags & KVM_MSI_VALID_DEVID:
         raise _lost(vm, errno.EINVAL, "MSI without a device id")
@@ -429,6 +429,16 @@ def signal_msi(vm: VmServices, msi: KvmMsi) -> int:
     if place is None or not isinstance(place[0], Its):
         raise _lost(vm, errno.EINVAL, "no ITS at the MSI address")
     return place[0].signal_uncached(msi.devid, msi.data)
+
+
+def _cached(vm: VmServices, address: int, msi: KvmMsi) -> VgicIrq | None:
+    """The cache goes by the doorbell's own address, and does not look at flags."""
+    its: Its
+    for its in vm.its_list[0].group.doorbells.get(address, ()):
+        irq = its.cached(msi.devid, msi.data)
+        if irq is not None:
+            return irq
+    return None
 
 
 def _lost(vm: VmServices, code: int, reason: str) -> KvmError:
@@ -440,29 +450,28 @@ def _lost(vm: VmServices, code: int, reason: str) -> KvmError:
 def msi_sender(vm: VmServices, msi: KvmMsi) -> Callable[[], int]:
     """``signal_msi(vm, msi)`` bound to its arguments, for a sender that raises the same MSI again and again.
 
-    The function returns what the ioctl would: 1, 0, or a negative errno. Once the translation is cached, a call
-    is one dict lookup and the LPI made pending.
+    The function returns what the ioctl would: 1, 0, or a negative errno.
     """
-    key = msi.devid << 32 | msi.data
     address = msi.address_hi << 32 | msi.address_lo
-    nothing: dict[int, VgicIrq] = {}
-    cached: Callable[[int], VgicIrq | None] = nothing.get
+    group = vm.its_list[0].group if vm.its_list else ItsGroup()
+    epoch = -1
+    irq: VgicIrq
     pend: Callable[[VgicIrq], None]
 
     def send() -> int:
-        nonlocal cached, pend
-        irq = cached(key)
-        if irq is not None:
+        nonlocal epoch, group, irq, pend
+        if group.epoch == epoch:
             pend(irq)
             return 1
         try:
             result = signal_msi(vm, msi)
         except KvmError as error:
             return -(error.errno or errno.EINVAL)
-        its = vm.its_list[0].group.doorbells.get(address)
-        if result and its is not None:
-            # An address is for good, so the ITS is the one to ask from now on.
-            cached, pend = its.translations.get, its.vgic.pend_edge
+        cached = _cached(vm, address, msi)
+        if cached is not None:
+            irq, pend = cached, vm.irqchip.pend_edge
+            group = vm.its_list[0].group
+            epoch = group.epoch
         return result
 
     return send

@@ -139,7 +139,7 @@ def mapc(its: Its, icid: int, rdbase: int, valid: int) -> None:
         if collection is not None:
             del its.collections[icid]
             its.detach(collection)
-        its.invalidate_all()
+        its.invalidate_cache()
     elif collection is None:
         collection = _new_collection(its, icid)
         collection.rdbase = rdbase
@@ -186,7 +186,7 @@ def movi(its: Its, devid: int, eventid: int, icid: int) -> None:
     _mapped(device.collections[eventid])
     collection = _mapped(its.collections.get(icid))
     device.collections[eventid] = collection
-    its.invalidate_all()
+    its.invalidate_cache()
     its.vgic.retarget(irq, its.target(collection))
 
 
@@ -201,14 +201,14 @@ def movall(its: Its, rdbase: int, rdbase2: int) -> None:
     for irq in list(vgic.mapped_lpis()):
         if irq.target is source:
             vgic.retarget(irq, destination)
-    its.invalidate_all()
+    its.invalidate_cache()
 
 
 def discard(its: Its, devid: int, eventid: int) -> None:
     """Unmap an event whose collection is mapped, and clear its ITE at once."""
     device, _ = _event(its, devid, eventid)
     _mapped(device.collections[eventid])
-    its.invalidate_all()
+    its.invalidate_cache()
     its.release(device.unmap(eventid))
     its.vm.memory.write_u64(device.itt + eventid * ENTRY_SIZE, 0)
 

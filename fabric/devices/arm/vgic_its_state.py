@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 EventState = tuple[int, int, "int | None"]
 """``(event id, LPI, collection id)``; the collection is None when the event lost it."""
-DeviceState = tuple[int, int, int, tuple[EventState, ...]]
-"""``(device id, event id bits, ITT address, events by ascending id)``."""
+DeviceState = tuple[int, int, int, tuple[EventState, ...], tuple[int, ...]]
+"""``(device id, event id bits, ITT address, events, ids of the events whose translation is cached)``."""
 
 
 @attrs.frozen
@@ -22,7 +22,7 @@ class ItsState:
     """What :meth:`Its.state` returns; the LPIs themselves are in the state of the GIC.
 
     ``shares`` counts, for the whole VM, the events of an LPI besides the first; every ITS of a VM carries it.
-    ``cached`` are the keys of the translation cache, which decides what an MSI without a device id does.
+    The translation cache is part of it, as it decides what an MSI without a device id does.
     """
 
     version: int = 1
@@ -37,7 +37,6 @@ class ItsState:
     """``(collection id, vCPU index)`` in the order they were made, in which they are saved."""
     devices: tuple[DeviceState, ...] = ()
     shares: tuple[tuple[int, int], ...] = ()
-    cached: tuple[int, ...] = ()
     refused: tuple[tuple[str, int], ...] = ()
 
     @classmethod
@@ -61,11 +60,11 @@ class ItsState:
                         (eventid, irq.intid, None if collection is None else collection.icid)
                         for eventid, irq, collection in device.events()
                     ),
+                    tuple(device.cached_events(its.group.epoch)),
                 )
                 for device in its.devices.values()
             ),
             shares=tuple(its.group.shares.items()),
-            cached=tuple(its.translations),
             refused=tuple(its.refused.items()),
         )
 
@@ -79,16 +78,13 @@ class ItsState:
         its.cbaser, its.creadr, its.cwriter = self.cbaser, self.creadr, self.cwriter
         its.baser = list(self.baser)
         its.collections = {icid: Collection(icid, rdbase) for icid, rdbase in self.collections}
-        for devid, bits, itt, events in self.devices:
+        for devid, bits, itt, events, cached in self.devices:
             device = its.devices[devid] = ItsDevice(devid, bits, itt)
             for eventid, lpi, icid in events:
                 collection = None if icid is None else its.collections[icid]
                 target = None if collection is None else its.target(collection)
                 device.map(eventid, its.vgic.add_lpi(lpi, target), collection)
+            for eventid in cached:
+                device.cache(eventid, its.group.epoch)
         its.group.shares.update(self.shares)
-        for key in self.cached:
-            cached = its.devices.get(key >> 32)
-            irq = None if cached is None else cached.event(key & 0xFFFF_FFFF)
-            if irq is not None:
-                its.translations[key] = irq
         its.refused = dict(self.refused)
