@@ -111,7 +111,9 @@ class Arm64Vcpu(Vcpu):
         self.timers = ArchTimers(counter, name=f"vcpu{vcpu_id}")
 
     def entering(self) -> None:
-        """The timers' lines follow the timers while the vCPU is in KVM_RUN."""
+        """The interrupt controller's CPU interface and the timers go onto the CPU."""
+        if self.cpu_interface is not None:
+            self.cpu_interface.load()
         self.timers.load()
 
     def leaving(self) -> None:
