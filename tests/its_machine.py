@@ -74,6 +74,7 @@ class FakeVm:
         self.ipa_bits = ipa_bits
         self.irqchip: Any = None
         self.its_list: list[Any] = []
+        self.devices: list[Any] = []
         self.options: dict[str, Any] = {"host_gic": 3, **options}
         self.vcpus = [FakeVcpu(index) for index in range(vcpus)]
 
@@ -85,6 +86,9 @@ class FakeVm:
 
     def set_default_routing(self, nr_pins: int) -> None:
         pass
+
+    def is_open(self, fd: int) -> bool:
+        return False
 
     def on_destroy(self, callback: Any) -> None:
         pass

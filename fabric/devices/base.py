@@ -86,6 +86,8 @@ class VmServices(Protocol):
     """The in-kernel interrupt controller, or ``None``; set by the controller when it is created."""
     its_list: list[Any]
     """The ITS devices in creation order (ARM); each adds itself, and may come before the GIC does."""
+    devices: list[Any]
+    """The KVM devices in creation order."""
     options: dict[str, Any]
     """Host options of the Kvm (``host_gic``, ``lpi_id_bits``, ...), with defaults filled in."""
 
@@ -100,6 +102,10 @@ class VmServices(Protocol):
 
     def set_default_routing(self, nr_pins: int) -> None:
         """Install the flat GSI table: GSI n to irqchip 0 pin n."""
+        ...
+
+    def is_open(self, fd: int) -> bool:
+        """Whether a number names an open file: a kvm fd, an eventfd, or one of the process."""
         ...
 
     def on_destroy(self, callback: Callable[[], None]) -> None:

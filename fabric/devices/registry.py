@@ -5,7 +5,7 @@ KVM_CREATE_DEVICE looks here. A device class has
 - ``supported(options)``: whether a host with those options registers the type (ENODEV otherwise);
 - ``create(vm)``: the device, or the error of its creation;
 - ``attributes``: its :class:`~fabric.devices.attributes.AttrTable`;
-- ``destroy()``: its fd was closed.
+- ``destroy()``: the VM goes away or, with a true ``released_on_close``, its fd was closed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from fabric.devices.arm.vgic_its import Its
 from fabric.devices.arm.vgic_v3 import VgicV3
 from fabric.devices.attributes import AttrTable
 from fabric.devices.base import VmServices
-from fabric.uapi.kvm import KVM_DEV_TYPE_ARM_VGIC_ITS, KVM_DEV_TYPE_ARM_VGIC_V3
+from fabric.devices.vfio import Vfio
+from fabric.uapi.kvm import KVM_DEV_TYPE_ARM_VGIC_ITS, KVM_DEV_TYPE_ARM_VGIC_V3, KVM_DEV_TYPE_VFIO
 
 
 class Device(Protocol):
@@ -36,12 +37,13 @@ class Device(Protocol):
         ...
 
     def destroy(self) -> None:
-        """Its fd was closed."""
+        """The VM goes away or, with a true ``released_on_close``, its fd was closed."""
         ...
 
 
 DEVICE_TYPES: Mapping[str, Mapping[int, type[Device]]] = {
     "aarch64": {
+        KVM_DEV_TYPE_VFIO: Vfio,
         KVM_DEV_TYPE_ARM_VGIC_V3: VgicV3,
         KVM_DEV_TYPE_ARM_VGIC_ITS: Its,
     },

@@ -8,6 +8,7 @@ for the true /dev/kvm needs no other code: :meth:`Kvm.open`, :meth:`Kvm.ioctl`, 
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING, Any
 
 from fabric.clock import StoppedClock, current_engine
@@ -222,6 +223,16 @@ class Kvm:
     def device(self, fd: int) -> Any:
         """The device behind its fd, to look inside."""
         return self._file(fd).device  # type: ignore[attr-defined]
+
+    def is_open(self, fd: int) -> bool:
+        """Whether a number names an open file: a kvm fd, an eventfd, or one of the process."""
+        if fd in self._files or open_event(fd) is not None:
+            return True
+        try:
+            os.fstat(fd)
+        except (OSError, OverflowError):
+            return False
+        return True
 
     def event(self, fd: int) -> Event:
         """The eventfd that a struct names, simulated or real.

@@ -131,6 +131,10 @@ class Vm:
         """Install the flat GSI table: GSI n to irqchip 0 pin n."""
         self.set_routing(RoutingTable.flat(nr_pins))
 
+    def is_open(self, fd: int) -> bool:
+        """Whether a number names an open file: a kvm fd, an eventfd, or one of the process."""
+        return self.kvm.is_open(fd)
+
     def on_destroy(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called when the VM goes away."""
         self._callbacks.append(callback)
