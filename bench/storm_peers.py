@@ -1,8 +1,9 @@
 """msi-storm in bare SimPy and as a hand-written event loop: what fabric is measured beside.
 
-Neither knows anything of a GIC: a dict takes (device, event) to (vCPU, LPI, priority), a set says what is pending,
-a heap per vCPU orders it. They are written as their users would write them for speed, and do the same work as
-fabric's run: the same arrivals, the same handler time, the same coalescing.
+Neither knows anything of a GIC: a dict takes (device, event) to (vCPU, LPI, priority), another says what is pending
+and since when, a heap per vCPU orders it. They are written as their users would write them for speed, and do the
+same work as fabric's run: the same arrivals drawn from the same sources as they go, the same handler time, the same
+coalescing, the same sum of latencies.
 """
 
 from __future__ import annotations
@@ -14,60 +15,82 @@ import attrs
 import simpy
 
 HANDLER_NS = 2_000
-EVENTS_PER_DEVICE = 4
+GRID_NS = 101
+"""Arrivals are multiples of this. It is coprime to the handler time, so that no arrival falls on the end of a
+handler: the order of the two is a choice of the model, and would make the engines' outcomes differ."""
+EVENT_BITS = 2
+EVENTS_PER_DEVICE = 1 << EVENT_BITS
 FIRST_LPI = 8192
 
 
 @attrs.frozen
+class Outcome:
+    """What a run did; equal for every engine."""
+
+    delivered: int
+    coalesced: int
+    latency_ns: int
+    """From raised to acknowledged, summed over what was delivered."""
+
+
+@attrs.frozen
 class Storm:
-    """The work of one run: for each device its arrivals, for each event its LPI."""
+    """The work of one run: devices with four events each, exponential intervals, 50 % load of each vCPU."""
 
     devices: int
     vcpus: int
-    arrivals: list[list[tuple[int, int]]]
-    """For each device: (gap in ns since its last MSI, event id)."""
-    routes: dict[tuple[int, int], tuple[int, int, int]]
-    """(device id, event id) -> (vCPU, LPI, priority)."""
+    interrupts: int
+    seed: int = 1
 
-    @classmethod
-    def make(cls, devices: int, vcpus: int, interrupts: int, seed: int = 1) -> Storm:
-        """``interrupts`` MSIs in all, exponential in time, at 50 % load of each vCPU."""
-        routes = {}
-        lpi = FIRST_LPI
-        for device in range(devices):
-            for event in range(EVENTS_PER_DEVICE):
-                routes[device, event] = (lpi % vcpus, lpi, 0xA0 + (lpi * 7 % 4) * 8)
-                lpi += 1
-        mean = 2 * HANDLER_NS * devices / vcpus
-        arrivals = []
-        for device in range(devices):
-            source = random.Random(f"{seed}/{device}")
-            count = interrupts // devices
-            arrivals.append(
-                [(1 + int(source.expovariate(1 / mean)), source.randrange(EVENTS_PER_DEVICE)) for _ in range(count)]
-            )
-        return cls(devices, vcpus, arrivals, routes)
+    @property
+    def per_device(self) -> int:
+        """MSIs of one device."""
+        return self.interrupts // self.devices
+
+    @property
+    def rate(self) -> float:
+        """MSIs of one device in ``GRID_NS``."""
+        return GRID_NS * self.vcpus / (2 * HANDLER_NS * self.devices)
+
+    def source(self, device: int) -> random.Random:
+        """Where ``device`` draws its gaps (``GRID_NS * (1 + int(expovariate(rate)))``) and events (``getrandbits``)."""
+        return random.Random(f"{self.seed}/{device}")
+
+    def route(self, device: int, event: int) -> tuple[int, int, int]:
+        """(vCPU, LPI, priority) of an event.
+
+        The LPIs of a vCPU differ in priority: the order of equal ones is a matter of the controller (a GIC as KVM
+        has it keeps the place of an LPI that is raised again while it is handled).
+        """
+        number = device * EVENTS_PER_DEVICE + event
+        return number % self.vcpus, FIRST_LPI + number, 0x80 + number // self.vcpus % 8 * 8
 
 
-def run_simpy(storm: Storm) -> tuple[int, int]:
-    """Delivered and coalesced interrupts of ``storm`` in SimPy: an Event per idle vCPU."""
+def run_simpy(storm: Storm) -> Outcome:
+    """``storm`` in SimPy: a process a device and a vCPU, an Event per idle vCPU."""
     env = simpy.Environment()
-    routes = storm.routes
-    pending: set[int] = set()
+    routes = {
+        (device, event): storm.route(device, event)
+        for device in range(storm.devices)
+        for event in range(EVENTS_PER_DEVICE)
+    }
+    pending: dict[int, int] = {}
     queues: list[list[tuple[int, int, int]]] = [[] for _ in range(storm.vcpus)]
     idle: list[simpy.Event | None] = [None] * storm.vcpus
-    delivered = coalesced = sequence = 0
+    delivered = coalesced = latency = sequence = 0
 
-    def device(number, arrivals):
+    def device(number):
         nonlocal coalesced, sequence
         timeout = env.timeout
-        for gap, event in arrivals:
-            yield timeout(gap)
-            vcpu, lpi, priority = routes[number, event]
+        source = storm.source(number)
+        draw, bits, rate = source.expovariate, source.getrandbits, storm.rate
+        for _ in range(storm.per_device):
+            yield timeout(GRID_NS * (1 + int(draw(rate))))
+            vcpu, lpi, priority = routes[number, bits(EVENT_BITS)]
             if lpi in pending:
                 coalesced += 1
                 continue
-            pending.add(lpi)
+            pending[lpi] = env.now
             sequence += 1
             heappush(queues[vcpu], (priority, sequence, lpi))
             waiter = idle[vcpu]
@@ -76,7 +99,7 @@ def run_simpy(storm: Storm) -> tuple[int, int]:
                 waiter.succeed()
 
     def vcpu_loop(number):
-        nonlocal delivered
+        nonlocal delivered, latency
         queue = queues[number]
         timeout = env.timeout
         while True:
@@ -84,58 +107,67 @@ def run_simpy(storm: Storm) -> tuple[int, int]:
                 waiter = idle[number] = env.event()
                 yield waiter
             lpi = heappop(queue)[2]
-            pending.discard(lpi)
+            latency += env.now - pending.pop(lpi)
             delivered += 1
             yield timeout(HANDLER_NS)
 
     for number in range(storm.vcpus):
         env.process(vcpu_loop(number))
-    for number, arrivals in enumerate(storm.arrivals):
-        env.process(device(number, arrivals))
+    for number in range(storm.devices):
+        env.process(device(number))
     env.run()
-    return delivered, coalesced
+    return Outcome(delivered, coalesced, latency)
 
 
-def run_heapq(storm: Storm) -> tuple[int, int]:
+def run_heapq(storm: Storm) -> Outcome:
     """The same with no engine: one heap of events and a loop, everything inlined."""
-    routes = storm.routes
-    pending: set[int] = set()
+    routes = {
+        (device, event): storm.route(device, event)
+        for device in range(storm.devices)
+        for event in range(EVENTS_PER_DEVICE)
+    }
+    pending: dict[int, int] = {}
     queues: list[list[tuple[int, int, int]]] = [[] for _ in range(storm.vcpus)]
     busy = [False] * storm.vcpus
-    sources = [iter(arrivals) for arrivals in storm.arrivals]
-    delivered = coalesced = sequence = 0
-    # (time, sequence, device or -1 - vcpu, event)
-    events: list[tuple[int, int, int, int]] = []
-    for number, source in enumerate(sources):
-        first = next(source, None)
-        if first is not None:
-            sequence += 1
-            heappush(events, (first[0], sequence, number, first[1]))
+    rate = storm.rate
+    sources = [storm.source(device) for device in range(storm.devices)]
+    draws = [source.expovariate for source in sources]
+    bits = [source.getrandbits for source in sources]
+    left = [storm.per_device] * storm.devices
+    delivered = coalesced = latency = sequence = 0
+    # (time, sequence, device or -1 - vCPU)
+    events: list[tuple[int, int, int]] = []
+    for number in range(storm.devices):
+        sequence += 1
+        heappush(events, (GRID_NS * (1 + int(draws[number](rate))), sequence, number))
     while events:
-        now, _, who, event = heappop(events)
+        now, _, who = heappop(events)
         if who >= 0:
-            vcpu, lpi, priority = routes[who, event]
+            vcpu, lpi, priority = routes[who, bits[who](EVENT_BITS)]
             if lpi in pending:
                 coalesced += 1
             else:
-                pending.add(lpi)
+                pending[lpi] = now
                 sequence += 1
                 heappush(queues[vcpu], (priority, sequence, lpi))
-            following = next(sources[who], None)
-            if following is not None:
+            left[who] -= 1
+            if left[who]:
                 sequence += 1
-                heappush(events, (now + following[0], sequence, who, following[1]))
-            if busy[vcpu]:
-                continue
-        else:
-            vcpu = -1 - who
-            busy[vcpu] = False
+                heappush(events, (now + GRID_NS * (1 + int(draws[who](rate))), sequence, who))
+            if not busy[vcpu]:
+                # Devices that raise at this instant come first, as in the other engines.
+                busy[vcpu] = True
+                sequence += 1
+                heappush(events, (now, sequence, -1 - vcpu))
+            continue
+        vcpu = -1 - who
+        busy[vcpu] = False
         queue = queues[vcpu]
         if queue:
             lpi = heappop(queue)[2]
-            pending.discard(lpi)
+            latency += now - pending.pop(lpi)
             delivered += 1
             busy[vcpu] = True
             sequence += 1
-            heappush(events, (now + HANDLER_NS, sequence, -1 - vcpu, 0))
-    return delivered, coalesced
+            heappush(events, (now + HANDLER_NS, sequence, -1 - vcpu))
+    return Outcome(delivered, coalesced, latency)

@@ -339,12 +339,14 @@ class Engine:
         self._trio_wants_a_turn = False
         private = self._private
         if private is None:
-            return self._pump_through_trio(deadline)
+            return self._pump_through_trio(_to_ns(deadline))
         slots = private.slots
         deadlines = private.deadlines
-        deadline_ns = _to_ns(deadline)
         ready = self._ready
         later = self._later
+        now = self.now
+        # Time may be moved freely, unless cancel scopes have deadlines, which a step can change.
+        free = self.pacing == "fast" and not len(private.idle_waiters)
         try:
             for _ in range(_STEPS_PER_PASS):
                 if self._trio_wants_a_turn:
@@ -352,31 +354,24 @@ class Engine:
                 if ready:
                     entry = heappop(later) if later and later[0] < ready[0] else heappop(ready)
                 elif later:
-                    at = later[0][0]
-                    if at != self.now:
-                        if later[0][4].wake != later[0][3]:
-                            heappop(later)
-                            continue
-                        if deadlines._heap:
-                            deadline_ns = _to_ns(deadlines.next_deadline())
-                        if deadline_ns <= at or at > self._limit or self.ratio or len(private.idle_waiters):
-                            pause = self._move_to(min(at, deadline_ns), deadline_ns)
-                            if pause is not None:
-                                return pause
-                        else:
-                            self.now = at
                     entry = heappop(later)
                 else:
-                    if deadlines._heap:
-                        deadline_ns = _to_ns(deadlines.next_deadline())
-                    return self._idle(deadline_ns)
-                task = entry[4]
-                if task.wake != entry[3]:
+                    return self._idle(_to_ns(deadlines.next_deadline()))
+                at, _, _, seq, task, value = entry
+                if task.wake != seq:
                     continue
+                if at > now:
+                    if deadlines._heap or not free:
+                        heappush(later, entry)
+                        pause = self._move_to(at, _to_ns(deadlines.next_deadline()))
+                        if pause is not None:
+                            return pause
+                        heappop(later)
+                    self.now = now = at
                 self.current = task
                 slots["task"] = task.task
                 try:
-                    trap = task.run(task.resume, entry[5])
+                    trap = task.run(task.resume, value)
                 except BaseException as error:
                     trap = task.unwind(error)
                 if trap is not None or task.recheck:
@@ -386,28 +381,22 @@ class Engine:
             self.current = None
             slots.pop("task", None)
 
-    def _pump_through_trio(self, deadline: float) -> float:
+    def _pump_through_trio(self, deadline_ns: float) -> float:
         """The same order with trio stepping the tasks: one entry, then back to trio."""
-        deadline_ns = _to_ns(deadline)
-        while True:
-            ready, later = self._ready, self._later
-            if ready:
-                entry = heappop(later) if later and later[0] < ready[0] else heappop(ready)
-            elif later:
-                if later[0][4].wake != later[0][3]:
-                    heappop(later)
-                    continue
-                at = later[0][0]
-                if at != self.now:
-                    pause = self._move_to(min(at, deadline_ns), deadline_ns)
-                    if pause is not None:
-                        return pause
-                entry = heappop(later)
-            else:
+        ready, later = self._ready, self._later
+        while not self._trio_wants_a_turn:
+            if not ready and not later:
                 return self._idle(deadline_ns)
-            task = entry[4]
-            if task.wake != entry[3]:
+            entry = heappop(ready if not later or (ready and ready[0] < later[0]) else later)
+            at, _, _, seq, task, value = entry
+            if task.wake != seq:
                 continue
+            if at > self.now:
+                heappush(later, entry)
+                pause = self._move_to(at, deadline_ns)
+                if pause is not None:
+                    return pause
+                heappop(later)
             if isinstance(task, Timer):
                 self.current = task  # type: ignore[assignment]
                 try:
@@ -416,14 +405,14 @@ class Engine:
                     task.unwind(error)
                 self.current = None
             else:
-                task.step_in_trio(entry[5])
-            if self._trio_wants_a_turn:
-                return 0
+                task.step_in_trio(value)
+        return 0
 
     def _move_to(self, at: float, deadline_ns: float) -> float | None:
-        """Move time to ``at`` (> now) if that is allowed: None, or how long trio has to sleep first."""
+        """Move time to ``at`` (> now), or to the deadline before it: None, or how long trio has to sleep first."""
         if self._private is not None and len(self._private.idle_waiters):
             return 1e-9  # for trio this is the moment when all tasks are blocked
+        at = min(at, deadline_ns)
         if at > self._limit:
             return self._stuck()
         if self.ratio:

@@ -35,6 +35,8 @@ class Vector:
     handler: Handler
     label: str
     """What it is called in reports, such as ``virtio1-req.0``."""
+    priority: int = 0xA0
+    """0 (most urgent) to 0xf0, where the controller has priorities."""
 
 
 class Pages:

@@ -57,6 +57,8 @@ CMD_SIZE = 32
 FIRST_LPI = 8192
 SPURIOUS_FIRST, SPURIOUS_LAST = 1020, 1023
 DEFAULT_PRIORITY = 0xA0
+LPI_ENABLE = 1 << 0
+"""In the configuration byte of an LPI."""
 PMR_ALL = 0xF0
 SGI_RESCHEDULE = 0
 PPI_VTIMER = 27
@@ -212,7 +214,7 @@ class Gicv3Driver:
             self._next_lpi += 1
             self._actions[vector.cpu][lpi] = vector.handler
             self._labels[lpi] = vector.label
-            await cpu.store(self._configuration + lpi - FIRST_LPI, 1, DEFAULT_PRIORITY | 1)
+            await cpu.store(self._configuration + lpi - FIRST_LPI, 1, vector.priority | LPI_ENABLE)
             commands.append((CMD_MAPTI | devid << 32, event | lpi << 32, vector.cpu))
             commands.append((CMD_INV | devid << 32, event))
             messages.append(MsiMessage(its + GITS_TRANSLATER, event, devid))

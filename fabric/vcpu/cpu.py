@@ -72,6 +72,16 @@ class Cpu:
         engine = self._engine
         host = vcpu.host
         left = ns
+        if self.masked and host is None and ns and not vcpu.disturbed:
+            # The common case, in a handler: nothing but time ends it, and then it is over.
+            started = engine.now
+            task = engine.current
+            engine.wake_at(task, started + ns)
+            task.waits = vcpu
+            yield
+            if not vcpu.disturbed:
+                return
+            left -= engine.now - started - vcpu.absent_ns
         while True:
             if vcpu.disturbed:
                 yield from self._settle()

@@ -1,0 +1,167 @@
+"""msi-storm: interrupts per second through the whole of fabric, beside SimPy and a hand-written loop.
+
+D devices raise MSIs at exponential intervals. In fabric each is a trio task that signals an irqfd; the MSI goes
+(device id, event id) through the ITS to an LPI, is pended by priority, wakes one of V vCPUs, whose guest driver
+acknowledges it (ICC_IAR1_EL1), handles it for 2 µs and ends it (ICC_EOIR1_EL1). The peers (``storm_peers.py``) do the
+same with a dict and a heap. Rounds alternate between the engines, and every run must have the same outcome.
+
+``python bench/msi_storm.py`` prints a table with ratios; ``--json`` one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import trio
+from storm_peers import EVENT_BITS, EVENTS_PER_DEVICE, GRID_NS, HANDLER_NS, Outcome, Storm, run_heapq, run_simpy
+
+import fabric
+from fabric.clock import Priority, current_engine
+from fabric.guest.driver import Vector
+from fabric.vmm import Arm64Gicv3
+
+SIZES = ((1, 1), (8, 8), (64, 64), (256, 256))
+SETTLE_NS = 1_000_000
+
+
+def run_fabric(storm: Storm) -> tuple[Outcome, float]:
+    """``storm`` in fabric: what it did, and the wall seconds it took once the guest was up."""
+    return fabric.run(_storm, storm)
+
+
+async def _storm(storm: Storm) -> tuple[Outcome, float]:
+    engine = current_engine()
+    machine = Arm64Gicv3(storm.vcpus)
+    driver = machine.driver()
+    raised: dict[int, int] = {}
+    latency = 0
+    up = trio.Event()
+    events: list[list[Callable[[], object]]] = []
+
+    async def unused(cpu) -> None:
+        raise AssertionError("interrupts stay masked: the guest polls")
+
+    async def guest(cpu) -> None:
+        nonlocal latency
+        if cpu.number == 0:
+            await driver.start(cpu)
+        await driver.start_cpu(cpu)
+        if cpu.number == 0:
+            for number in range(1, storm.vcpus):
+                await machine.start_secondary(cpu, number)
+            for device in range(storm.devices):
+                routes = [storm.route(device, event) for event in range(EVENTS_PER_DEVICE)]
+                vectors = [Vector(vcpu, unused, "", priority) for vcpu, _, priority in routes]
+                messages = await driver.allocate_msi(cpu, device, vectors)
+                events.append([machine.interrupt(message).signal for message in messages])
+            up.set()
+        mrs, msr, compute, wait_for_interrupt = cpu.mrs, cpu.msr, cpu.compute, cpu.wait_for_interrupt
+        while True:
+            await wait_for_interrupt()
+            lpi = await mrs("ICC_IAR1_EL1")
+            latency += engine.now - raised.pop(lpi)
+            await compute(HANDLER_NS)
+            await msr("ICC_EOIR1_EL1", lpi)
+
+    async def device(number: int) -> None:
+        engine.set_priority(Priority.DEVICE)
+        source = storm.source(number)
+        draw, bits, rate = source.expovariate, source.getrandbits, storm.rate
+        sleep = engine.sleep
+        vectors = [(storm.route(number, event)[1], events[number][event]) for event in range(EVENTS_PER_DEVICE)]
+        for _ in range(storm.per_device):
+            await sleep(GRID_NS * (1 + int(draw(rate))))
+            lpi, signal = vectors[bits(EVENT_BITS)]
+            if lpi not in raised:
+                raised[lpi] = engine.now
+            signal()
+
+    machine.load(guest)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(machine.run)
+        await up.wait()
+        await fabric.sleep(SETTLE_NS)
+        began = time.perf_counter()
+        async with trio.open_nursery() as devices:
+            for number in range(storm.devices):
+                devices.start_soon(device, number)
+        await fabric.sleep(SETTLE_NS)
+        seconds = time.perf_counter() - began
+        nursery.cancel_scope.cancel()
+    statement = machine.kvm.statement()
+    assert statement.balanced, str(statement)
+    assert not statement.pending, str(statement)
+    assert not statement.dropped, str(statement)
+    return Outcome(statement.delivered, statement.coalesced, latency), seconds
+
+
+def timed(run: Callable[[Storm], Outcome]) -> Callable[[Storm], tuple[Outcome, float]]:
+    """``run`` with its wall seconds."""
+
+    def timing(storm: Storm) -> tuple[Outcome, float]:
+        began = time.perf_counter()
+        outcome = run(storm)
+        return outcome, time.perf_counter() - began
+
+    return timing
+
+
+ENGINES = {"fabric": run_fabric, "simpy": timed(run_simpy), "heapq": timed(run_heapq)}
+
+
+def measure(devices: int, vcpus: int, interrupts: int, rounds: int) -> dict[str, float]:
+    """One row: interrupts a second of each engine (best round) and the median ratio of the rounds."""
+    storm = Storm(devices, vcpus, interrupts)
+    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+    for _ in range(rounds):
+        outcomes = {}
+        for name, run in ENGINES.items():
+            gc.collect()
+            outcomes[name], took = run(storm)
+            seconds[name].append(took)
+        if len(set(outcomes.values())) != 1:
+            raise SystemExit(f"the engines did not do the same work: {outcomes}")
+    raised = storm.per_device * storm.devices
+    row: dict[str, float] = {"devices": devices, "vcpus": vcpus}
+    for name, times in seconds.items():
+        row[f"{name}_per_s"] = round(raised / min(times))
+    for peer in ("simpy", "heapq"):
+        ratios = [theirs / ours for theirs, ours in zip(seconds[peer], seconds["fabric"], strict=True)]
+        row[f"over_{peer}"] = round(median(ratios), 3)
+    outcome = outcomes["fabric"]
+    row |= {"delivered": outcome.delivered, "coalesced": outcome.coalesced}
+    return row
+
+
+def main() -> None:
+    """Run all sizes and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--interrupts", type=int, default=100_000, help="MSIs in a run (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each size (default %(default)s)")
+    arguments = parser.parse_args()
+    rows = []
+    if not arguments.json:
+        print("devices  vcpus   fabric/s    simpy/s    heapq/s   fabric:simpy  fabric:heapq")
+    for devices, vcpus in SIZES:
+        row = measure(devices, vcpus, arguments.interrupts, arguments.rounds)
+        rows.append(row)
+        if not arguments.json:
+            print(
+                f"{devices:7} {vcpus:6} {row['fabric_per_s']:10,} {row['simpy_per_s']:10,} {row['heapq_per_s']:10,}"
+                f" {row['over_simpy']:13.2f}x {row['over_heapq']:12.2f}x",
+                flush=True,
+            )
+    if arguments.json:
+        json.dump({"sizes": rows}, sys.stdout, indent=2)
+        print()
+
+
+if __name__ == "__main__":
+    main()
