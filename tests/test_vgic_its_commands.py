@@ -430,6 +430,16 @@ class TestDiscard:
         machine.run(event_command("DISCARD", 1, 5))
         assert LPI + 2 not in machine.vgic.lpis
 
+    def test_unmapped_lpis_go_when_no_longer_queued(self, machine: ItsMachine) -> None:
+        """One that leaves its vCPU without being taken is dropped, and does not come back with its number."""
+        machine.forward()
+        machine.msi(1, 0)
+        machine.run(event_command("DISCARD", 1, 0))
+        assert {} == machine.dropped()
+        machine.vgic.set_forwarding(False)
+        machine.run(mapti(1, 0, LPI, 0))
+        assert ({"unmapped": 1}, {}) == (machine.dropped(), machine.pending())
+
     @pytest.mark.parametrize(
         ("before", "eventid", "reason"),
         [

@@ -385,10 +385,9 @@ class Vgic:
     def add_lpi(self, intid: int, target: VgicCpu | None) -> VgicIrq:
         """The LPI ``intid``, made if it does not exist; one that does keeps its state and its target."""
         if intid in self.unmapped:
-            irq = self.unmapped.pop(intid)
-            if irq.entry is not None:
-                return irq
-            del self.lpis[intid]
+            self._reap()
+            if intid in self.unmapped:
+                return self.unmapped.pop(intid)
         existing = self.lpis.get(intid)
         if existing is not None:
             return existing

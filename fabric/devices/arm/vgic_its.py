@@ -372,8 +372,11 @@ class Its:
 
     @classmethod
     def from_state(cls, vm: VmServices, state: ItsState) -> Its:
-        """An ITS that goes on where ``state`` was taken, in a VM whose GIC has been restored."""
+        """An ITS that goes on where ``state`` was taken, in a VM whose GIC has been restored before."""
+        propbaser = vm.irqchip.propbaser if vm.irqchip is not None else 0
         its = cls.create(vm)
+        if vm.irqchip is not None:
+            vm.irqchip.propbaser = propbaser
         state.apply(its)
         return its
 
