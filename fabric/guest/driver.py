@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     Handler = Callable[[Any], Awaitable[object]]
 
+IPI_KINDS = 8
+"""Kinds of IPI that can be told apart on every board (on arm64 SGIs 0 to 7: the others are the secure world's)."""
+
 
 @attrs.frozen
 class MsiMessage:
@@ -70,12 +73,12 @@ class InterruptDriver(Protocol):
         """The messages by which device ``devid`` raises ``vectors``; called once a device."""
         ...
 
-    def on_ipi(self, handler: Handler) -> None:
-        """Have ``handler`` run on a CPU that gets an IPI."""
+    def on_ipi(self, handler: Handler, kind: int = 0, label: str = "IPI") -> None:
+        """Have ``handler`` run on a CPU that gets an IPI of that kind (0 to :data:`IPI_KINDS` - 1)."""
         ...
 
-    async def send_ipi(self, cpu: Any, target: int) -> None:
-        """Interrupt CPU number ``target``."""
+    async def send_ipi(self, cpu: Any, target: int, kind: int = 0) -> None:
+        """Interrupt CPU number ``target``. IPIs of one kind merge while one is pending; those of two do not."""
         ...
 
     async def set_timer(self, cpu: Any, at_ns: int, handler: Handler) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fabric.guest.driver import MsiMessage, Pages
+from fabric.guest.driver import IPI_KINDS, MsiMessage, Pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,6 @@ DEFAULT_PRIORITY = 0xA0
 LPI_ENABLE = 1 << 0
 """In the configuration byte of an LPI."""
 PMR_ALL = 0xF0
-SGI_RESCHEDULE = 0
 PPI_VTIMER = 27
 
 RWAWB_INNER_SHAREABLE = 0x780
@@ -89,7 +88,7 @@ class Gicv3Driver:
         self._pages = Pages(layout.tables, layout.tables_size)
         self._actions: list[dict[int, Handler]] = [{} for _ in range(cpus)]
         """For each CPU: INTID to handler."""
-        self._labels: dict[int, str] = {SGI_RESCHEDULE: "IPI", PPI_VTIMER: "timer"}
+        self._labels: dict[int, str] = {0: "IPI", PPI_VTIMER: "timer"}
         self._mpidr = [0] * cpus
         self._next_lpi = FIRST_LPI
         self._configuration = 0
@@ -221,16 +220,19 @@ class Gicv3Driver:
         await self._run_commands(cpu, its, commands)
         return messages
 
-    def on_ipi(self, handler: Handler) -> None:
-        """SGI 0 runs ``handler``."""
+    def on_ipi(self, handler: Handler, kind: int = 0, label: str = "IPI") -> None:
+        """SGI number ``kind`` runs ``handler``."""
+        if not 0 <= kind < IPI_KINDS:
+            raise ValueError(f"the kind of an IPI must be 0 to {IPI_KINDS - 1}, not {kind!r}")
         for actions in self._actions:
-            actions[SGI_RESCHEDULE] = handler
+            actions[kind] = handler
+        self._labels[kind] = label
 
-    async def send_ipi(self, cpu: Any, target: int) -> None:
-        """SGI 0 to one CPU, through ICC_SGI1R_EL1."""
+    async def send_ipi(self, cpu: Any, target: int, kind: int = 0) -> None:
+        """SGI number ``kind`` to one CPU, through ICC_SGI1R_EL1."""
         mpidr = self._mpidr[target]
         aff3, aff2, aff1, aff0 = mpidr >> 32 & 0xFF, mpidr >> 16 & 0xFF, mpidr >> 8 & 0xFF, mpidr & 0xFF
-        value = aff3 << 48 | SGI_RESCHEDULE << 24 | aff2 << 32 | aff1 << 16 | 1 << (aff0 & 0xF)
+        value = aff3 << 48 | kind << 24 | aff2 << 32 | aff1 << 16 | 1 << (aff0 & 0xF)
         await cpu.msr("ICC_SGI1R_EL1", value)
 
     async def set_timer(self, cpu: Any, at_ns: int, handler: Handler) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import heappop, heappush
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -18,7 +19,7 @@ from fabric.guest.driver import Pages, Vector
 from fabric.guest.pci import DOORBELLS, RING_COMPLETED, RING_SIZE, RING_SUBMITTED, RINGS, write_msix
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from fabric.guest.driver import InterruptDriver
 
@@ -118,9 +119,9 @@ class BlockDriver(DeviceDriver):
     def begin(self, guest: Guest, start_ns: int) -> None:
         """Every queue submits from its CPU."""
         for queue, interval in enumerate(self.intervals):
-            guest.agendas[queue % guest.cpus].add(start_ns + interval.draw(), self._submit(queue, interval, start_ns))
+            guest.agendas[queue % guest.cpus].add(start_ns + interval.draw(), self._submit(queue, interval))
 
-    def _submit(self, queue: int, interval: Interval, due: int) -> Action:
+    def _submit(self, queue: int, interval: Interval) -> Action:
         async def submit(cpu: Any) -> int:
             self.submitted[queue] += 1
             await cpu.store(self.rings[queue] + RING_SUBMITTED, 4, self.submitted[queue])
@@ -131,9 +132,11 @@ class BlockDriver(DeviceDriver):
 
 
 class Ticks(Load):
-    """A timer interrupt on every CPU: periodic, or at recorded times."""
+    """A timer interrupt on every CPU: periodic, or at the recorded ``(at_ns, handler_ns)`` of each CPU."""
 
-    def __init__(self, handler_ns: int, *, period_ns: int = 0, times: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, handler_ns: int = 0, *, period_ns: int = 0, times: Sequence[Sequence[tuple[int, int]]] = ()
+    ) -> None:
         self.handler_ns = handler_ns
         self.period_ns = period_ns
         self.times = times
@@ -142,80 +145,90 @@ class Ticks(Load):
     def begin(self, guest: Guest, start_ns: int) -> None:
         """Arm each CPU's timer for its first tick."""
         for number, agenda in enumerate(guest.agendas):
-            agenda.add(start_ns, self._start(guest.driver, number, start_ns))
+            times = iter(self.times[number]) if self.times else self._periodic()
+            agenda.add(start_ns, self._start(guest.driver, times, start_ns))
 
-    def _start(self, driver: InterruptDriver, number: int, start_ns: int) -> Action:
-        times = iter(self.times[number]) if self.times else None
-        due = start_ns
+    def _periodic(self) -> Iterator[tuple[int, int]]:
+        return ((at_ns, self.handler_ns) for at_ns in count(self.period_ns, self.period_ns))
 
-        def following() -> int | None:
-            nonlocal due
-            if times is None:
-                due += self.period_ns
-                return due
-            at = next(times, None)
-            return None if at is None else start_ns + at
+    def _start(self, driver: InterruptDriver, times: Iterator[tuple[int, int]], start_ns: int) -> Action:
+        work_ns = 0
 
         async def handler(cpu: Any) -> None:
             self.ticks += 1
-            await cpu.compute(self.handler_ns)
+            await cpu.compute(work_ns)
             await arm(cpu)
 
         async def arm(cpu: Any) -> None:
-            at = following()
-            if at is not None:
-                await driver.set_timer(cpu, at, handler)
+            nonlocal work_ns
+            following = next(times, None)
+            if following is not None:
+                work_ns = following[1]
+                await driver.set_timer(cpu, start_ns + following[0], handler)
 
         return arm
 
 
 class Ipis(Load):
-    """IPIs from each CPU: at random intervals to a random other one, or as recorded."""
+    """IPIs of one kind from each CPU: at random intervals to a random other one, or as recorded.
 
-    def __init__(self, handler_ns: int) -> None:
+    The handler of a recorded IPI works as long as the recording says, of any other ``handler_ns``.
+    """
+
+    def __init__(self, handler_ns: int, *, kind: int = 0, label: str = "IPI") -> None:
         self.handler_ns = handler_ns
-        self._plans: list[tuple[int, Callable[[int], Iterable[tuple[int, int]]]]] = []
+        self.kind = kind
+        self.label = label
+        self.sent = 0
+        self._plans: list[tuple[int, Callable[[int], Iterator[tuple[int, int, int]]]]] = []
+        self._work: dict[int, deque[int]] = {}
 
     def at_random(self, sender: int, cpus: int, interval: Interval) -> None:
         """``sender`` interrupts a random other CPU at each interval."""
 
-        def plan(start_ns: int) -> Iterable[tuple[int, int]]:
+        def plan(start_ns: int) -> Iterator[tuple[int, int, int]]:
             at = start_ns
             while True:
                 at += interval.draw()
-                yield at, (sender + interval.source.randrange(1, cpus)) % cpus
+                yield at, (sender + interval.source.randrange(1, cpus)) % cpus, self.handler_ns
 
         self._plans.append((sender, plan))
 
-    def recorded(self, sender: int, sends: Sequence[tuple[int, int]]) -> None:
-        """``sender`` interrupts CPU ``target`` at each ``(at_ns, target)``, times from the start of the load."""
-        self._plans.append((sender, lambda start_ns: ((start_ns + at, target) for at, target in sends)))
+    def recorded(self, sender: int, sends: Sequence[tuple[int, int, int]]) -> None:
+        """``sender`` interrupts CPU ``target`` at each ``(at_ns, target, handler_ns)``, times from the start."""
+        self._plans.append((sender, lambda start_ns: ((start_ns + at, to, work_ns) for at, to, work_ns in sends)))
 
     async def set_up(self, guest: Guest, cpu: Any) -> None:
         """Say what an IPI does."""
+        self._work = {number: deque() for number in range(guest.cpus)}
 
         async def handler(cpu: Any) -> None:
-            await cpu.compute(self.handler_ns)
+            await cpu.compute(_take_all(self._work[cpu.number]))
 
-        guest.driver.on_ipi(handler)
+        guest.driver.on_ipi(handler, self.kind, self.label)
 
     def begin(self, guest: Guest, start_ns: int) -> None:
         """The first IPI of every sender."""
         for sender, plan in self._plans:
-            sends = iter(plan(start_ns))
+            sends = plan(start_ns)
             first = next(sends, None)
             if first is not None:
                 guest.agendas[sender].add(first[0], self._send(guest.driver, sends, first))
 
-    def _send(self, driver: InterruptDriver, sends: Any, upcoming: tuple[int, int]) -> Action:
+    def _send(
+        self, driver: InterruptDriver, sends: Iterator[tuple[int, int, int]], upcoming: tuple[int, int, int]
+    ) -> Action:
         async def send(cpu: Any) -> int | None:
             nonlocal upcoming
-            await driver.send_ipi(cpu, upcoming[1])
+            _, target, work_ns = upcoming
+            self._work[target].append(work_ns)
+            self.sent += 1
+            await driver.send_ipi(cpu, target, self.kind)
             following = next(sends, None)
             if following is None:
                 return None
             upcoming = following
-            return max(int(following[0]), int(cpu.now))
+            return max(following[0], int(cpu.now))
 
         return send
 
@@ -259,13 +272,18 @@ class RecordedDevice(Load):
         work = self.work[place]
 
         async def handler(cpu: Any) -> None:
-            # Interrupts that were merged into one leave the work of all of them.
-            ns = 0
-            while work:
-                ns += work.popleft()
-            await cpu.compute(ns)
+            await cpu.compute(_take_all(work))
 
         return handler
+
+
+def _take_all(work: deque[int]) -> int:
+    """Interrupts that were merged into one leave the work of all of them."""
+    if len(work) == 1:
+        return work.popleft()
+    ns = sum(work)
+    work.clear()
+    return ns
 
 
 class Guest:
