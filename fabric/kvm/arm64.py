@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.channel import LineLevel, Msi
 from fabric.clock.arch_timer import DEFAULT_FREQUENCY, ArchCounter
-from fabric.devices.arm.vgic_its import msi_sender, signal_msi
+from fabric.devices.arm.vgic_its import msi_sender, signal_message
 from fabric.devices.registry import DEVICE_TYPES
 from fabric.errors import KvmError
 from fabric.kvm import vm_fd
@@ -241,7 +241,10 @@ class Arm64(Architecture):
             return partial(self.set_irq, vm, route, True)
         assert isinstance(route, MsiRoute)
         if vm.msis.plain or not route.flags:
-            return msi_sender(vm, _msi(route.address, route.data, route.flags, route.devid))
+            address = route.address
+            return msi_sender(
+                vm, uapi.KvmMsi(address & 0xFFFF_FFFF, address >> 32, route.data, route.flags, route.devid)
+            )
         return partial(vm.msis.send_nowait, Msi(route.address, route.data, route.devid))
 
     def gsi_told(self, vm: Vm, route: Route) -> int | None:
@@ -255,7 +258,7 @@ class Arm64(Architecture):
 
     def deliver_msi(self, vm: Vm, msi: Msi) -> int:
         try:
-            return signal_msi(vm, _msi(msi.address, msi.data, uapi.KVM_MSI_VALID_DEVID, msi.devid))
+            return signal_message(vm, msi.address, msi.data, uapi.KVM_MSI_VALID_DEVID, msi.devid)
         except KvmError as error:
             return -(error.errno or errno.EINVAL)  # its sender may be long gone
 
@@ -263,14 +266,10 @@ class Arm64(Architecture):
         vm.irqchip.inject_spi(event.line, event.level)
 
 
-def _msi(address: int, data: int, flags: int, devid: int) -> uapi.KvmMsi:
-    return uapi.KvmMsi(address & 0xFFFF_FFFF, address >> 32, data, flags, devid)
-
-
 def send_msi(vm: Vm, address: int, data: int, flags: int, devid: int) -> int:
     """An MSI from the VMM. Through a channel that does something to it, what becomes of it is not known: 1."""
     if vm.msis.plain or flags != uapi.KVM_MSI_VALID_DEVID or not vm.its_list:
-        return signal_msi(vm, _msi(address, data, flags, devid))
+        return signal_message(vm, address, data, flags, devid)
     vm.msis.send_nowait(Msi(address, data, devid))
     return 1
 

@@ -22,13 +22,14 @@ from fabric.errors import KvmError
 
 if TYPE_CHECKING:
     from fabric.kvm.eventfd import Event
+    from fabric.kvm.routing import Route
     from fabric.kvm.vm import Vm
 
 
 class Irqfd:
     """One eventfd tied to one GSI."""
 
-    __slots__ = ("bound", "event", "gsi", "irqfds", "resample", "resample_open")
+    __slots__ = ("bound", "event", "gsi", "irqfds", "resample", "resample_open", "routes")
 
     def __init__(self, irqfds: Irqfds, event: Event, gsi: int, resample: Event | None) -> None:
         self.irqfds = irqfds
@@ -38,12 +39,14 @@ class Irqfd:
         """The eventfd to signal at the end of the interrupt; None for an edge."""
         self.resample_open = resample is not None
         self.bound: Callable[[], object] | None = None
+        self.routes: tuple[Route, ...] = ()
 
     def bind(self) -> None:
         """Tie the eventfd to the routes that the GSI has now."""
         self.unbind()
         vm = self.irqfds.vm
-        self.bound = vm.arch.injector(vm, vm.routing.routes(self.gsi))
+        self.routes = vm.routing.routes(self.gsi)
+        self.bound = vm.arch.injector(vm, self.routes)
         self.event.bind(self.bound)
 
     def unbind(self) -> None:
@@ -154,9 +157,16 @@ class Irqfds:
                 resampler.lower()
 
     def rebind(self) -> None:
-        """Routes, channels or the interrupt controllers changed."""
+        """The way to the interrupt controllers changed."""
         for irqfd in self._irqfds:
             irqfd.bind()
+
+    def reroute(self) -> None:
+        """The routing table changed."""
+        routing = self.vm.routing
+        for irqfd in self._irqfds:
+            if routing.routes(irqfd.gsi) != irqfd.routes:
+                irqfd.bind()
         for resampler in self._resamplers.values():
             resampler.listen()
 

@@ -5,6 +5,7 @@ Only what takes no guest: nothing here runs a vCPU, and ``load`` and ``run`` say
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -16,6 +17,8 @@ class RealKvm:
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         self._path = path
+        self._ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+        self._ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
         os.close(self.open())  # so that a missing /dev/kvm shows here
 
     def open(self) -> int:
@@ -23,12 +26,15 @@ class RealKvm:
         return os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
 
     def ioctl(self, fd: int, request: int, arg: Any = 0) -> int:
-        """``fcntl.ioctl``, with a buffer always updated in place."""
-        if isinstance(arg, int):
-            # fcntl takes signed arguments only; the kernel sees the same 64 bits.
-            return fcntl.ioctl(fd, request, arg - (1 << 64) if arg >> 63 else arg)
-        result: int = fcntl.ioctl(fd, request, arg, True)
-        return result
+        """ioctl(2), with a buffer updated in place, or an int of 64 bits (``fcntl.ioctl`` takes 32)."""
+        if not isinstance(arg, int):
+            result: int = fcntl.ioctl(fd, request, arg, True)
+            return result
+        ret: int = self._ioctl(fd, request, arg & (1 << 64) - 1)
+        if ret < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return ret
 
     def mmap(self, fd: int, length: int, offset: int = 0) -> memoryview:
         """A view of a vCPU's run area. It keeps the mapping alive, also after the fd is closed."""

@@ -9,7 +9,6 @@ Rules: api.set-gsi-routing of the interface inventory.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
@@ -80,22 +79,36 @@ def read_route(entry: KvmIrqRoutingEntry) -> Route:
 class RoutingTable:
     """GSI to routes. Only PinRoutes to different irqchips may share a GSI."""
 
-    __slots__ = ("_gsi_of_pin", "_routes")
+    __slots__ = ("_decoded", "_gsi_of_pin", "_routes")
 
     def __init__(self) -> None:
         self._routes: dict[int, tuple[Route, ...]] = {}
         self._gsi_of_pin: dict[tuple[int, int], int] = {}
+        self._decoded: dict[bytes, tuple[int, Route]] = {}  # what was given to GSI and route
 
     @classmethod
-    def build(cls, arch: Architecture, entries: Iterable[KvmIrqRoutingEntry]) -> RoutingTable:
-        """The table of KVM_SET_GSI_ROUTING. KvmError(EINVAL) for an entry that breaks a rule."""
+    def build(cls, arch: Architecture, entries: bytes, old: RoutingTable) -> RoutingTable:
+        """The table of KVM_SET_GSI_ROUTING: ``entries`` is an array of struct kvm_irq_routing_entry.
+
+        An entry that ``old`` has as well becomes the same Route object: a VMM that adds one route hands over all
+        the others again.
+
+        Raises:
+            KvmError: EINVAL for an entry that breaks a rule.
+        """
         table = cls()
-        for entry in entries:
-            if entry.gsi >= KVM_MAX_IRQ_ROUTES:
-                raise KvmError(errno.EINVAL, f"a GSI must be below {KVM_MAX_IRQ_ROUTES}, not {entry.gsi}")
-            route = read_route(entry)
-            arch.check_route(route)
-            table.add(entry.gsi, route)
+        for at in range(0, len(entries), KvmIrqRoutingEntry.SIZE):
+            raw = entries[at : at + KvmIrqRoutingEntry.SIZE]
+            known = old._decoded.get(raw)
+            if known is None:
+                entry = KvmIrqRoutingEntry.unpack(raw)
+                if entry.gsi >= KVM_MAX_IRQ_ROUTES:
+                    raise KvmError(errno.EINVAL, f"a GSI must be below {KVM_MAX_IRQ_ROUTES}, not {entry.gsi}")
+                route = read_route(entry)
+                arch.check_route(route)
+                known = entry.gsi, route
+            table._decoded[raw] = known
+            table.add(*known)
         return table
 
     @classmethod

@@ -153,7 +153,7 @@ class Vm:
     def set_routing(self, table: RoutingTable) -> None:
         """Replace the GSI table; irqfds follow at once."""
         self.routing = table
-        self.irqfds.rebind()
+        self.irqfds.reroute()
 
     def set_irq(self, gsi: int, level: bool) -> None:
         """Drive everything ``gsi`` is routed to; what cannot be reached is lost without a sign."""

@@ -21,7 +21,6 @@ _IOEVENTFD_FLAGS = (
     | uapi.KVM_IOEVENTFD_FLAG_DEASSIGN
     | uapi.KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY
 )
-_ENTRY = uapi.KvmIrqRoutingEntry
 
 
 def check_extension(file: VmFile, cap: int) -> int:
@@ -89,9 +88,9 @@ def set_gsi_routing(file: VmFile, ptr: Pointer) -> None:
         raise KvmError(errno.EINVAL, f"a table has at most {uapi.KVM_MAX_IRQ_ROUTES} routes, not {head.nr}")
     if head.flags:
         raise KvmError(errno.EINVAL, f"flags must be 0, not {head.flags:#x}")
-    data = ptr.read(head.nr * _ENTRY.SIZE, uapi.KvmIrqRouting.SIZE) if head.nr else b""
-    entries = [_ENTRY.unpack(data, at) for at in range(0, len(data), _ENTRY.SIZE)]
-    vm.set_routing(RoutingTable.build(vm.arch, entries))
+    size = head.nr * uapi.KvmIrqRoutingEntry.SIZE
+    entries = ptr.read(size, uapi.KvmIrqRouting.SIZE) if size else b""
+    vm.set_routing(RoutingTable.build(vm.arch, entries, vm.routing))
 
 
 def irqfd(file: VmFile, fd: int, gsi: int, flags: int, resamplefd: int, _pad: bytes) -> None:

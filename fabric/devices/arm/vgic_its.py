@@ -416,29 +416,33 @@ def signal_msi(vm: VmServices, msi: KvmMsi) -> int:
         KvmError: EINVAL for no in-kernel GIC, unknown flags, no device id, or an address in no ITS; ENODEV
             without an ITS; EBUSY while the ITS, or LPIs at the target, are disabled.
     """
+    return signal_message(vm, msi.address_hi << 32 | msi.address_lo, msi.data, msi.flags, msi.devid)
+
+
+def signal_message(vm: VmServices, address: int, data: int, flags: int, devid: int) -> int:
+    """:func:`signal_msi` for those who have the message in parts."""
     if vm.irqchip is None:
         raise KvmError(errno.EINVAL, "the VM has no in-kernel interrupt controller")
-    if msi.flags & ~KVM_MSI_VALID_DEVID:
-        raise KvmError(errno.EINVAL, f"flags must be 0 or {KVM_MSI_VALID_DEVID}, not {msi.flags:#x}")
+    if flags & ~KVM_MSI_VALID_DEVID:
+        raise KvmError(errno.EINVAL, f"flags must be 0 or {KVM_MSI_VALID_DEVID}, not {flags:#x}")
     if not vm.its_list:
         raise _lost(vm, errno.ENODEV, "no ITS")
-    address = msi.address_hi << 32 | msi.address_lo
-    if (irq := _cached(vm, address, msi)) is not None:
+    if (irq := _cached(vm, address, data, devid)) is not None:
         vm.irqchip.pend_edge(irq)
         return 1
-    if not msi.flags & KVM_MSI_VALID_DEVID:
+    if not flags & KVM_MSI_VALID_DEVID:
         raise _lost(vm, errno.EINVAL, "MSI without a device id")
     place = vm.mmio.find(address)
     if place is None or not isinstance(place[0], Its):
         raise _lost(vm, errno.EINVAL, "no ITS at the MSI address")
-    return place[0].signal_uncached(msi.devid, msi.data)
+    return place[0].signal_uncached(devid, data)
 
 
-def _cached(vm: VmServices, address: int, msi: KvmMsi) -> VgicIrq | None:
+def _cached(vm: VmServices, address: int, data: int, devid: int) -> VgicIrq | None:
     """The cache goes by the doorbell's own address, and does not look at flags."""
     its: Its
     for its in vm.its_list[0].group.doorbells.get(address, ()):
-        irq = its.cached(msi.devid, msi.data)
+        irq = its.cached(devid, data)
         if irq is not None:
             return irq
     return None
@@ -470,7 +474,7 @@ def msi_sender(vm: VmServices, msi: KvmMsi) -> Callable[[], int]:
             result = signal_msi(vm, msi)
         except KvmError as error:
             return -(error.errno or errno.EINVAL)
-        cached = _cached(vm, address, msi)
+        cached = _cached(vm, address, msi.data, msi.devid)
         if cached is not None:
             irq, pend = cached, vm.irqchip.pend_edge
             group = vm.its_list[0].group
