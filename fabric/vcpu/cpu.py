@@ -119,23 +119,20 @@ class Cpu:
         if not interface.line:
             if vcpu.host is not None:
                 vcpu.host.release(vcpu)
-            while True:
-                engine = self._engine
-                task = engine.current
+            while not interface.line:
+                task = self._engine.current
                 if until_ns is not None:
-                    if engine.now >= until_ns:
+                    if self._engine.now >= until_ns:
                         return
-                    engine.wake_at(task, until_ns)
+                    self._engine.wake_at(task, until_ns)
                 task.waits = vcpu
                 vcpu.wakeable = task
                 yield
                 vcpu.wakeable = None
                 if vcpu.disturbed:
                     yield from self._settle()
-                if interface.line:
-                    break
-            if vcpu.costs.wakeup_ns:
-                yield from self._spend(vcpu.costs.wakeup_ns)
+            if vcpu.wakeup_ns:
+                yield from self._spend(vcpu.wakeup_ns)
         if not self.masked:
             yield from self._take_interrupts()
 

@@ -59,7 +59,8 @@ class Vcpu:
         self.powered_off = False
         """Stopped (MP_STATE_STOPPED): KVM_RUN waits until another vCPU powers it on."""
         self.cpu_interface: Any = None
-        self.costs = Costs()
+        self._costs = Costs()
+        self.wakeup_ns = 0
         self.stolen_ns = 0
         """Time it was ready to run and had no physical CPU."""
         self.pcpu: int | None = None
@@ -87,6 +88,16 @@ class Vcpu:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.vcpu_id}>"
+
+    @property
+    def costs(self) -> Costs:
+        """What the host's work costs it; to be set before it runs."""
+        return self._costs
+
+    @costs.setter
+    def costs(self, costs: Costs) -> None:
+        self._costs = costs
+        self.wakeup_ns = costs.wakeup_ns
 
     @property
     def host(self) -> Host | None:
@@ -119,7 +130,7 @@ class Vcpu:
         task = self.wakeable
         if task is not None:
             self.wakeable = None
-            self.engine.wake(task)  # type: ignore[union-attr]  # only a task of an engine is wakeable
+            task.engine.wake(task)
 
     def forget(self, task: Hosted) -> None:
         """The task of a KVM_RUN that blocks in the guest was cancelled."""
