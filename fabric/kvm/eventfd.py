@@ -307,7 +307,8 @@ class RealEvents:
     def poll(self, but: RealEvent | None = None) -> None:
         """Let go of what was closed, and consume what was signalled since the last call."""
         for event in tuple(self._events.values()):
-            if not self._same(event.number):
+            # One that goes may take others along: a resample eventfd that nobody else uses.
+            if self._events.get(event.number) is event and not self._same(event.number):
                 del self._events[event.number]
                 event.gone()
         for number, _ in self._epoll.poll(0):
