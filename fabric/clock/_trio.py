@@ -7,7 +7,8 @@ a ``threading.local``. That name is not public. Everything else the engine does 
 ``trio.abc.Clock``, an ``Instrument``, ``lowlevel.reschedule`` and ``wait_task_rescheduled``.
 
 Where the name is missing :func:`run_context` returns None and the engine lets trio step the tasks, one at a
-time, in the same order (tests/test_engine_fallback.py compares the two).
+time, in the same order (tests/test_engine_fallback.py compares the two). Only ``wait_all_tasks_blocked`` then
+waits longer than it should: until time has nowhere to go.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 _STEPS_PER_PASS = 20_000
 """After so many steps trio gets a turn, to look for signals and I/O (some 10 ms of wall time)."""
 
-_TRIO_CORE = str(Path(trio.__file__).parent / "_core")
-"""Where the code of trio's own system tasks is; the engine leaves those alone."""
+_ENTRY_QUEUE = str(Path(trio.__file__).parent / "_core" / "_entry_queue.py")
+"""Where the code of trio's task for calls from other threads is; the engine leaves that one alone."""
 
 _local = threading.local()
 
@@ -126,8 +126,6 @@ class Engine:
         """Called at the start and end of each ``sleep`` and ``advance``: sources outside the simulation."""
         self.at_end: list[Callable[[], None]] = []
         """Called when the main task returned: checks that raise when the run does not add up."""
-        self.steps = 0
-        """Timeline entries run, counted in passes; see :meth:`statistics`."""
         self._draw: Callable[[], int] | None = self._ties() if (bool(seed) if explore is None else explore) else None
         self._seq = 0
         self._ready: list[Any] = []
@@ -135,11 +133,13 @@ class Engine:
         self._arrivals: list[tuple[int, Hosted, Any]] = []
         self._trio_wants_a_turn = False
         self._limit: float = 0 if self.pacing == "manual" else inf
+        self._advances: list[int] = []
         self._wall_start = 0.0
         self._private: RunContext | None = None
         self._tasks: dict[trio.lowlevel.Task, Hosted] = {}
         self._spawned = 0
         self._armed = False
+        self._rested = False
         self._service: trio.lowlevel.Task | None = None
         self._root: trio.CancelScope | None = None
         self.failure: BaseException | None = None
@@ -232,13 +232,17 @@ class Engine:
     @types.coroutine
     def _until(self, at_ns: int) -> Generator[None, None, None]:
         task = self.blocking_task()
-        self._limit = max(self._limit, at_ns)
+        self._advances.append(at_ns)
+        self._limit = max(self._advances)
         self._seq += 1
         task.wake = self._seq
         task.waits = ADVANCE
         heappush(self._later, (at_ns, Priority.LAST, 0, self._seq, task, None))
-        yield
-        self._limit = self.now
+        try:
+            yield
+        finally:
+            self._advances.remove(at_ns)
+            self._limit = max(self._advances, default=self.now)
 
     # Running.
 
@@ -256,6 +260,10 @@ class Engine:
                 instruments=[_Spawning(self)],
                 strict_exception_groups=True,
             )
+        except trio.TrioInternalError as error:
+            if self.failure is not None and error.__cause__ is self.failure:
+                raise self.failure from None  # from _stuck
+            raise
         finally:
             _local.engine = None
 
@@ -301,7 +309,7 @@ class Engine:
             self._wall_start = time.monotonic()
             self._service = trio.lowlevel.spawn_system_task(self._serve_timers, name="fabric timer service")
             self._tasks.pop(self._service).done = True  # it never counts as waiting
-        elif task.coro.cr_code.co_filename.startswith(_TRIO_CORE):
+        elif task.coro.cr_code.co_filename == _ENTRY_QUEUE:
             return
         self._spawned += 1
         hosted = Hosted(self, task, self._spawned, Priority.TASK)
@@ -361,7 +369,7 @@ class Engine:
                 if task.wake != seq:
                     continue
                 if at > now:
-                    if deadlines._heap or not free:
+                    if not free or (deadlines._heap and deadlines._heap[0][0] * 1e9 < at + 1):
                         heappush(later, entry)
                         pause = self._move_to(at, _to_ns(deadlines.next_deadline()))
                         if pause is not None:
@@ -373,7 +381,7 @@ class Engine:
                 try:
                     trap = task.run(task.resume, value)
                 except BaseException as error:
-                    trap = task.unwind(error)
+                    trap = error
                 if trap is not None or task.recheck:
                     task.leave_fast_path(trap)
             return 0
@@ -384,7 +392,9 @@ class Engine:
     def _pump_through_trio(self, deadline_ns: float) -> float:
         """The same order with trio stepping the tasks: one entry, then back to trio."""
         ready, later = self._ready, self._later
-        while not self._trio_wants_a_turn:
+        for _ in range(_STEPS_PER_PASS):
+            if self._trio_wants_a_turn:
+                break
             if not ready and not later:
                 return self._idle(deadline_ns)
             entry = heappop(ready if not later or (ready and ready[0] < later[0]) else later)
@@ -397,12 +407,13 @@ class Engine:
                 if pause is not None:
                     return pause
                 heappop(later)
+            self._rested = False
             if isinstance(task, Timer):
                 self.current = task  # type: ignore[assignment]
                 try:
                     task.resume(None)
                 except BaseException as error:
-                    task.unwind(error)
+                    task.leave_fast_path(error)
                 self.current = None
             else:
                 task.step_in_trio(value)
@@ -410,10 +421,12 @@ class Engine:
 
     def _move_to(self, at: float, deadline_ns: float) -> float | None:
         """Move time to ``at`` (> now), or to the deadline before it: None, or how long trio has to sleep first."""
+        if deadline_ns <= self.now:
+            return 0  # somebody set one that has passed
         if self._private is not None and len(self._private.idle_waiters):
-            return 1e-9  # for trio this is the moment when all tasks are blocked
+            return inf  # for trio this is the moment when all tasks are blocked
         at = min(at, deadline_ns)
-        if at > self._limit:
+        if at > self._limit and self.failure is None:
             return self._stuck()
         if self.ratio:
             wait = self._wall_start + at / (self.ratio * 1e9) - time.monotonic()
@@ -425,15 +438,14 @@ class Engine:
     def _idle(self, deadline_ns: float) -> float:
         """Nothing is runnable and nothing is on the timeline."""
         if deadline_ns < inf:
-            pause = 0.0 if deadline_ns <= self.now else self._move_to(deadline_ns, deadline_ns)
-            return pause or 0.0
+            return self._move_to(deadline_ns, deadline_ns) or 0
         if self._private is not None and len(self._private.idle_waiters):
-            return 1e-9
+            return inf
         return self._stuck()
 
     def _stuck(self) -> float:
         """Time may not move. Somebody outside may still wake a task; if not, this is a deadlock."""
-        if self.failure is not None or not self._tasks:
+        if not self._tasks:
             return inf  # winding up: trio's own tasks are at work
         statistics = trio.lowlevel.current_statistics()
         io = statistics.io_statistics
@@ -441,6 +453,11 @@ class Engine:
         waiting = getattr(io, "tasks_waiting_read", 1) + getattr(io, "tasks_waiting_write", 0)
         if waiting > 1 or trio.testing.active_thread_count() or statistics.run_sync_soon_queue_size:
             return inf
+        if self._private is None and not self._rested:
+            self._rested = True
+            return 1e-9  # for tasks in wait_all_tasks_blocked, which cannot be seen
+        if self.failure is not None:
+            raise self.failure  # every task was cancelled, but some are shielded and would wait forever
         self.current = None  # nobody runs: every task may be cancelled
         self.fail(self._deadlock())
         return 0
@@ -448,9 +465,8 @@ class Engine:
     def _deadlock(self) -> Deadlock:
         waiting = [(task.name, _describe(task)) for task in self._tasks.values() if not task.done]
         who = "; ".join(f"{name} waits for {what}" for name, what in waiting)
-        if self._later:
-            at = min(entry[0] for entry in self._later)
-            rule = f"with manual pacing only advance() moves time (now {self.now} ns, next event at {at} ns)"
+        if self.pacing == "manual":
+            rule = f"with manual pacing only advance() moves time, which stands at {self.now} ns"
         else:
             rule = f"nothing is runnable and nothing is scheduled at {self.now} ns"
         return Deadlock(f"{rule}: {who}", waiting)
@@ -485,11 +501,14 @@ class _Spawning(trio.abc.Instrument):
 
 def _to_ns(seconds: float) -> float:
     """The first whole nanosecond that is not before ``seconds`` as trio compares it."""
-    if seconds == inf:
+    scaled = seconds * 1e9
+    if scaled == inf:
         return inf
-    at = max(0, ceil(seconds * 1e9) - 1)
+    if scaled <= 0:
+        return 0
+    at = ceil(scaled) - 1
     while at / 1e9 < seconds:
-        at += 1
+        at += 1 + (at >> 52)  # beyond 2**52 ns floats skip nanoseconds
     return at
 
 

@@ -135,6 +135,7 @@ class Hosted:
                 self.recheck = False
             else:
                 self.in_trio = True
+                self.waits = None
             return trap
         if self.in_trio or value is None:
             self.in_trio = False
@@ -146,10 +147,12 @@ class Hosted:
             self.engine.arrived(self, value.error)
         return self._park
 
-    def throw(self, *exc_info: Any) -> Any:
-        """Trio raises in the coroutine directly only when it did not understand a trap: pass that on."""
+    def throw(self, error: BaseException) -> Any:
+        """Trio did not understand a trap, and raises that in the coroutine: when its turn comes."""
         self.in_trio = False
-        return self.coro.throw(*exc_info)
+        self.resume = self._throw_inside
+        self.engine.arrived(self, error)
+        return self._park
 
     def close(self) -> None:
         """Close the coroutine."""
@@ -193,34 +196,26 @@ class Hosted:
         self._hand_over(_STEP, outcome.Value(value))
 
     def leave_fast_path(self, trap: Any) -> None:
-        """After a step: the coroutine yielded more than a wait in the engine, or a cancellation is due."""
-        trap = self._settle(trap)
+        """After a step: the coroutine did more than wait in the engine, or a cancellation is due.
+
+        ``trap`` is what it yielded, or the exception it ended with (``StopIteration`` when it returned).
+        """
+        if self.nested or type(trap) is Nested:
+            trap = self.run(self._settle, trap)
         if trap is not None:
             self._hand_over(trap)
         elif self.recheck:
             self._hand_over(self._park)
-
-    def unwind(self, error: BaseException) -> Any:
-        """The innermost coroutine returned or raised: go on in the outer one.
-
-        Returns the next trap, or the exception that ends the task (``StopIteration`` when it returned).
-        """
-        while self.nested:
-            self.coro, _ = self.nested.pop()
-            self.resume = self.coro.send
-            try:
-                if isinstance(error, StopIteration):
-                    return self.coro.send(error.value)
-                return self.coro.throw(error)
-            except BaseException as outer_error:
-                error = outer_error
-        return error
 
     def _throw(self, error: BaseException) -> Any:
         """Stands in for ``resume`` once: raise ``error`` in the outermost coroutine."""
         while self.nested:
             self.coro, nested = self.nested.pop()
             nested.on_abort()
+        return self._throw_inside(error)
+
+    def _throw_inside(self, error: BaseException) -> Any:
+        """Stands in for ``resume`` once: raise ``error`` in the innermost coroutine."""
         self.resume = self.coro.send
         return self.coro.throw(error)
 
@@ -228,20 +223,28 @@ class Hosted:
         try:
             return step(value)
         except BaseException as error:
-            return self.unwind(error)
+            return error
 
     def _settle(self, trap: Any) -> Any:
         """Enter and leave nested coroutines until there is a wait in the engine or something for trio."""
         while True:
+            step = None
             if type(trap) is Nested:
                 self.nested.append((self.coro, trap))
-                self.coro = trap.coro
+                self.coro, value = trap.coro, trap.value
             elif type(trap) is Leave:
                 self.coro, _ = self.nested.pop()
+                value = trap.value
+            elif self.nested and isinstance(trap, BaseException):
+                self.coro, _ = self.nested.pop()
+                if isinstance(trap, StopIteration):
+                    value = trap.value
+                else:
+                    step, value = self.coro.throw, trap
             else:
                 return trap
             self.resume = self.coro.send
-            trap = self._attempt(self.resume, trap.value)
+            trap = self._attempt(step or self.resume, value)
 
     def _hand_over(self, trap: Any, value: outcome.Outcome[Any] = _NOTHING) -> None:
         """Let trio see ``trap``: one of its own, the park, the end of the task, or a request to step."""

@@ -24,8 +24,8 @@ def _call(function: Callable[[Any], Any], value: Any) -> Any:
 class Timer:
     """A one-shot or periodic timer; re-armable, cancellable.
 
-    It has the shape of a task on the timeline (``wake``, ``run``, ``resume``, ``unwind``), so that the engine's
-    loop need not tell the two apart.
+    It has the shape of a task on the timeline (``wake``, ``run``, ``resume``, ``leave_fast_path``), so that the
+    engine's loop need not tell the two apart.
     """
 
     __slots__ = (
@@ -61,15 +61,15 @@ class Timer:
 
     def arm(self, at_ns: int) -> None:
         """Fire once at ``at_ns``; a time that has passed means now. An earlier arming is forgotten."""
-        self.period = 0
-        self._schedule(at_ns)
+        self._schedule(at_ns, 0)
 
     def arm_periodic(self, first_ns: int, period_ns: int) -> None:
         """Fire at ``first_ns`` and every ``period_ns`` (> 0) after it, without drift, until cancelled."""
+        if not isinstance(period_ns, int):
+            raise TypeError(f"a period must be int nanoseconds, not {period_ns!r}")
         if period_ns <= 0:
-            raise ValueError(f"the period of a timer must be a positive number of ns, not {period_ns!r}")
-        self.period = period_ns
-        self._schedule(first_ns)
+            raise ValueError(f"a period must be > 0 ns, not {period_ns}")
+        self._schedule(first_ns, period_ns)
 
     def cancel(self) -> None:
         """Do not fire. Cancelling a timer that is not armed is fine."""
@@ -77,19 +77,20 @@ class Timer:
         self.period = 0
         self.deadline = None
 
-    def _schedule(self, at_ns: int) -> None:
+    def _schedule(self, at_ns: int, period_ns: int) -> None:
         if not isinstance(at_ns, int):
             raise TypeError(f"a time must be int nanoseconds, not {at_ns!r}")
+        self.period = period_ns
         self.deadline = at_ns
         self.engine.schedule_timer(self, at_ns)
 
     def _fire(self, _value: None) -> None:
         if self.period:
-            self._schedule(self.deadline + self.period)  # type: ignore[operator]  # armed, so not None
+            self._schedule(self.deadline + self.period, self.period)  # type: ignore[operator]  # armed, so not None
         else:
             self.deadline = None
         self.callback()
 
-    def unwind(self, error: BaseException) -> None:
+    def leave_fast_path(self, error: BaseException) -> None:
         """The callback raised: the run fails."""
         self.engine.fail(error)
