@@ -283,8 +283,9 @@ class Scenario:
     """How long a vCPU computes before another that waits for its physical CPU gets it. Assumed, as the
     host's scheduler decides it by load: a few milliseconds on Linux."""
     seed: int = _integer(0, 0, 2**64 - 1)
-    explore_ties: bool = _key(False, _flag)
-    """Draw the order of simultaneous events from the seed instead of first come, first served."""
+    explore_ties: bool | None = _key(None, _flag)
+    """Draw the order of simultaneous events from the seed instead of first come, first served; absent: with
+    every seed but 0."""
     duration_ns: int = _integer(1_000_000_000)
     """Virtual time of the run; 0, with a replay only: until the trace has been played."""
     memory_bytes: int = _integer(1 << 30, 1 << 24, 1 << 46)

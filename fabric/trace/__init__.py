@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fabric.trace.events import EventFile, EventLog, EventRing, event_format, quoted
+from fabric.trace.events import EventFile, EventLog, EventRing, EventTee, event_format, quoted
 from fabric.trace.histogram import PERCENTILES, Histogram
 from fabric.trace.ledger import Ledger, LedgerStatement
 from fabric.trace.recorder import STAGES, Passage, Recorder, Statistics
@@ -13,6 +13,7 @@ __all__ = [
     "EventFile",
     "EventLog",
     "EventRing",
+    "EventTee",
     "Histogram",
     "Ledger",
     "LedgerStatement",

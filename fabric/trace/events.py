@@ -121,3 +121,21 @@ class EventRing:
     def lines(self) -> list[str]:
         """The records kept, oldest first, without newline."""
         return [(line_format % values).rstrip("\n") for line_format, values in self._last]
+
+
+class EventTee:
+    """Gives every record to two logs."""
+
+    __slots__ = ("_first", "_second")
+
+    def __init__(self, first: EventLog, second: EventLog) -> None:
+        self._first = first
+        self._second = second
+
+    def add(self, line_format: str, values: Values) -> None:
+        self._first.add(line_format, values)
+        self._second.add(line_format, values)
+
+    def note(self, at: int, event: str, **fields: int | str) -> None:
+        self._first.note(at, event, **fields)
+        self._second.note(at, event, **fields)

@@ -105,9 +105,7 @@ class Histogram:
     def merge(self, other: Histogram) -> Self:
         """Add the samples of ``other`` to this one; ValueError unless both have the same ``bits``."""
         if other.bits != self.bits:
-            raise ValueError(
-                f"histograms must have the same bits to be merged, not {self.bits} and {other.bits}"
-            )
+            raise ValueError(f"histograms must have the same bits to be merged, not {self.bits} and {other.bits}")
         if other.min is None or other.max is None:
             return self
         self.count += other.count

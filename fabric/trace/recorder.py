@@ -12,7 +12,7 @@ was sent that it delivers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import attrs
@@ -147,16 +147,25 @@ class Recorder:
 
     ``banked`` is the number of interrupts that every vCPU has for itself (SGIs and PPIs: 32; x86 vectors:
     256): intids below it are told apart by vCPU, those above are one interrupt whichever vCPU takes it.
+    ``name`` says what an intid without a label is.
     """
 
-    __slots__ = ("_add", "_banked", "_clock", "_labels", "_lines", "origin_ns")
+    __slots__ = ("_add", "_banked", "_clock", "_labels", "_lines", "_name", "origin_ns")
 
-    def __init__(self, clock: _Clock, *, banked: int = 32, log: EventLog | None = None) -> None:
+    def __init__(
+        self,
+        clock: _Clock,
+        *,
+        banked: int = 32,
+        log: EventLog | None = None,
+        name: Callable[[int], str] = "interrupt {}".format,
+    ) -> None:
         self._clock = clock
         self._banked = banked
         self._add = None if log is None else log.add
         self._lines: dict[int, _Line] = {}
         self._labels: dict[tuple[int, int | None], str] = {}
+        self._name = name
         self.origin_ns: int | None = None
         """When the interrupt being delivered was sent; ``None``: just now."""
 
@@ -250,8 +259,12 @@ class Recorder:
         return Statistics(total, dict(sorted(sources.items())), dict(sorted(vcpus.items())))
 
     def source_of(self, cpu: int, intid: int) -> str:
-        """The label of an interrupt, ``interrupt N`` if it has none."""
-        return self._labels.get((intid, cpu)) or self._labels.get((intid, None)) or f"interrupt {intid}"
+        """The label of an interrupt; without one what ``name(intid)`` says."""
+        return self._labels.get((intid, cpu)) or self._labels.get((intid, None)) or self._name(intid)
+
+    def active(self) -> int:
+        """How many interrupts are acknowledged and not ended now."""
+        return sum(line.taken >= 0 for line in self._lines.values())
 
     def _passages(self) -> Iterable[tuple[str, int, Passage]]:
         for line in self._lines.values():

@@ -7,7 +7,7 @@ rings doorbells through ioeventfds, and is interrupted through irqfds.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fabric.clock import Priority, WaitQueue, current_engine
 from fabric.guest.driver import MsiMessage
@@ -23,7 +23,7 @@ from fabric.guest.pci import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     import trio
 
@@ -201,14 +201,13 @@ class RecordedSource(Device):
     ``arrivals`` are ``(at_ns, vector, handler_ns)`` in time order, times from :meth:`go`.
     """
 
-    def __init__(
-        self, name: str, vectors: int, arrivals: Iterable[tuple[int, int, int]], work: Callable[[int, int], Any]
-    ) -> None:
+    def __init__(self, name: str, vectors: int, arrivals: Iterable[tuple[int, int, int]]) -> None:
         super().__init__(name, vectors=vectors)
         self.arrivals = arrivals
-        self.work = work
-        """``work(vector, handler_ns)`` is told of each interrupt before it is raised."""
-        self.finished = False
+        self.work: Sequence[deque[int]] = [deque() for _ in range(vectors)]
+        """For each vector, ``handler_ns`` of what was raised; the guest's handler takes it from there."""
+        self.played = 0
+        """How many of the arrivals have been raised."""
         self._start_ns: int | None = None
         self._go = WaitQueue(self.engine, f"the start of {name}")
 
@@ -228,10 +227,11 @@ class RecordedSource(Device):
             await self._go.wait()
         assert self._start_ns is not None
         start_ns = self._start_ns
+        work = self.work
         for at_ns, vector, handler_ns in self.arrivals:
             due = start_ns + at_ns
             if due > engine.now:
                 await engine.sleep(due - engine.now)
-            self.work(vector, handler_ns)
+            work[vector].append(handler_ns)
             self.raise_vector(vector)
-        self.finished = True
+            self.played += 1

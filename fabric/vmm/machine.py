@@ -11,7 +11,7 @@ queue's doorbell is an ioeventfd.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from fabric.kvm import EventFd
     from fabric.vmm.device import Device
 
+AnyDevice = TypeVar("AnyDevice", bound="Device")
+
 
 class Machine:
     """One VM with its memory, vCPUs and devices.
@@ -68,6 +70,8 @@ class Machine:
     """Where the register blocks of devices begin."""
     first_msi_gsi = 0
     """GSIs below it are the board's own."""
+    max_vectors = 4096
+    """MSI-X vectors of all devices together: each takes a GSI route (KVM_CAP_IRQ_ROUTING)."""
 
     def __init__(self, vcpus: int, memory_bytes: int = 1 << 30, *, name: str = "", **options: Any) -> None:
         if vcpus < 1:
@@ -93,6 +97,11 @@ class Machine:
         self.create_irqchip()
 
     # What a board adds.
+
+    @classmethod
+    def least_memory(cls, vcpus: int) -> int:
+        """Bytes of RAM that ``vcpus`` vCPUs need at least, for the tables and rings of their guest."""
+        return 0
 
     def machine_type(self) -> int:
         """The argument of KVM_CREATE_VM."""
@@ -147,7 +156,7 @@ class Machine:
 
     # Devices.
 
-    def add_device(self, device: Device) -> Device:
+    def add_device(self, device: AnyDevice) -> AnyDevice:
         """Plug ``device`` in: it gets its device id and its register block."""
         number = len(self.devices)
         self.devices.append(device)
@@ -184,6 +193,18 @@ class Machine:
             )
             table += entry.pack()
         self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_GSI_ROUTING, table)
+
+    # Looking inside, as no real VMM could.
+
+    @property
+    def vm(self) -> Any:
+        """The VM behind its fd: ledger, channels, listeners."""
+        return self.kvm.vm(self.vm_fd)
+
+    @property
+    def vcpus(self) -> list[Any]:
+        """The vCPUs behind their fds: what their host costs them, and how long it kept them waiting."""
+        return [self.kvm.vcpu(fd) for fd in self.vcpu_fds]
 
     # Running.
 
