@@ -31,6 +31,7 @@ from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
 from fabric.devices.arm.vgic_its_attrs import ITS_ATTRIBUTES
 from fabric.devices.arm.vgic_its_commands import run_queue
 from fabric.devices.arm.vgic_its_maps import Collection, ItsDevice
+from fabric.devices.arm.vgic_its_pages import Pages
 from fabric.devices.arm.vgic_its_regs import (
     BASER_RESET,
     GITS,
@@ -97,12 +98,14 @@ class Its:
         "enabled",
         "event_id_bits",
         "group",
+        "pages",
         "refused",
         "vm",
     )
 
     def __init__(self, vm: VmServices) -> None:
         self.vm = vm
+        self.pages = Pages(vm.memory)
         self.event_id_bits: int = vm.options.get("lpi_id_bits", 16)
         self.base: int | None = None
         self.abi = 0
@@ -251,15 +254,15 @@ class Its:
         device.map(eventid, irq, collection)
 
     def _load(self, vgic: Vgic, irq: VgicIrq) -> None:
-        load_config(vgic, irq)
+        pages = self.pages
+        load_config(vgic, irq, pages.read_u8)
         cpu = irq.target
         if cpu is not None:
-            memory = self.vm.memory
             address, bit = pending_bit(irq, cpu)  # type: ignore[arg-type]
-            stored = memory.read_u8(address)
+            stored = pages.read_u8(address)
             if stored & bit:
                 vgic.pend_edge(irq)
-                memory.write_u8(address, stored & ~bit)
+                pages.write_u8(address, stored & ~bit)
 
     def release(self, irq: VgicIrq) -> None:
         """An event no longer maps ``irq``; with the last one the LPI is gone."""

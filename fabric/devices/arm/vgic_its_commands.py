@@ -18,6 +18,7 @@ import attrs
 
 from fabric.devices.arm.vgic_irq import MIN_LPI
 from fabric.devices.arm.vgic_its_maps import Collection, ItsDevice
+from fabric.devices.arm.vgic_its_pages import PAGE_MASK, PAGE_SHIFT
 from fabric.devices.arm.vgic_its_tables import ENTRY_SIZE, device_entry, entry_address
 from fabric.devices.arm.vgic_lpi import load_config, reload_all
 from fabric.errors import KvmError
@@ -125,7 +126,7 @@ def mapd(its: Its, devid: int, size: int, itt: int, valid: int) -> None:
     if valid:
         its.devices[devid] = ItsDevice(devid, bits, itt << 8)
     else:
-        its.vm.memory.write_u64(address, 0)
+        its.pages.write_u64(address, 0)
 
 
 def mapc(its: Its, icid: int, rdbase: int, valid: int) -> None:
@@ -210,7 +211,7 @@ def discard(its: Its, devid: int, eventid: int) -> None:
     _mapped(device.collections[eventid])
     its.invalidate_cache()
     its.release(device.unmap(eventid))
-    its.vm.memory.write_u64(device.itt + eventid * ENTRY_SIZE, 0)
+    its.pages.write_u64(device.itt + eventid * ENTRY_SIZE, 0)
 
 
 def inv(its: Its, devid: int, eventid: int) -> None:
@@ -288,12 +289,14 @@ def encode(name: str, **fields: int) -> bytes:
 
 def run_queue(its: Its) -> None:
     """Run the commands from CREADR up to CWRITER."""
-    memory = its.vm.memory
+    pages = its.pages
+    pages.forget()
     base, size = its.queue_address, its.queue_size
-    commands, unpack = BY_OPCODE, _WORDS.unpack
+    commands, unpack = BY_OPCODE, _WORDS.unpack_from
     while its.creadr != its.cwriter:
         try:
-            words = unpack(memory.read(base + its.creadr, COMMAND_SIZE))
+            at = base + its.creadr
+            words = unpack(pages.page(at >> PAGE_SHIFT), at & PAGE_MASK)
             command = commands.get(words[0] & 0xFF)
             if command is not None:
                 command.run(its, *[words[word] >> shift & mask for word, shift, mask in command.decode])
@@ -306,3 +309,4 @@ def run_queue(its: Its) -> None:
         its.creadr += COMMAND_SIZE
         if its.creadr >= size:
             its.creadr = 0
+    pages.forget()

@@ -27,18 +27,16 @@ from fabric.devices.arm.vgic_its_maps import Collection, ItsDevice
 from fabric.errors import KvmError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from fabric.devices.arm.vgic_its import Its
+    from fabric.devices.arm.vgic_its_pages import Pages
     from fabric.memory import GuestMemory
 
 ENTRY_SIZE = 8
 PAGE_SIZE = 1 << 16
 """Of the tables: GITS_BASER.Page_Size is fixed at 64 KiB."""
 ENTRIES_PER_PAGE = PAGE_SIZE // ENTRY_SIZE
-READ_SIZE = 1 << 12
-"""Tables are read in pieces of this size and alignment, within which memory is there or is not."""
-
 VALID = 1 << 63
 BASER_INDIRECT = 1 << 62
 DEVICE_ID_BITS = 16
@@ -167,6 +165,7 @@ def restore(its: Its) -> None:
         KvmError: EFAULT for a table that is not in RAM, EINVAL for an entry that makes no sense, EEXIST for a
             collection that is there already.
     """
+    its.pages.forget()
     if its.baser[1] & VALID:
         try:
             _restore_collections(its)
@@ -180,11 +179,14 @@ def restore(its: Its) -> None:
             its.forget_devices()
             its.forget_collections()
             raise
+    its.pages.forget()
 
 
 def _restore_collections(its: Its) -> None:
     baser = its.baser[1]
-    for entry in _entries(its.vm.memory, table_address(baser), table_size(baser) // ENTRY_SIZE):
+    first, size = table_address(baser), table_size(baser)
+    for address in range(first, first + size, ENTRY_SIZE):
+        entry = its.pages.read_u64(address)
         if not entry & VALID:
             return
         icid = entry & 0xFFFF
@@ -199,7 +201,7 @@ def _restore_collections(its: Its) -> None:
 
 
 def _restore_devices(its: Its) -> None:
-    memory, baser = its.vm.memory, its.baser[0]
+    pages, baser = its.pages, its.baser[0]
     base, size = table_address(baser), table_size(baser)
 
     def device(devid: int, entry: int) -> int:
@@ -212,9 +214,9 @@ def _restore_devices(its: Its) -> None:
         if not entry & VALID:
             return 1
         first = number * ENTRIES_PER_PAGE
-        return 0 if _walk(memory, entry & L1_ADDRESS, ENTRIES_PER_PAGE, device, first) else 1
+        return 0 if _walk(pages, entry & L1_ADDRESS, ENTRIES_PER_PAGE, device, first) else 1
 
-    _walk(memory, base, size // ENTRY_SIZE, page if baser & BASER_INDIRECT else device)
+    _walk(pages, base, size // ENTRY_SIZE, page if baser & BASER_INDIRECT else device)
 
 
 def _restore_device(its: Its, devid: int, entry: int) -> None:
@@ -241,7 +243,7 @@ def _restore_device(its: Its, devid: int, entry: int) -> None:
         return distance
 
     try:
-        _walk(its.vm.memory, device.itt, 1 << bits, event)
+        _walk(its.pages, device.itt, 1 << bits, event)
     except KvmError:
         its.release_device(device)
         raise
@@ -252,7 +254,7 @@ def _restore_device(its: Its, devid: int, entry: int) -> None:
         its.devices[devid] = device
 
 
-def _walk(memory: GuestMemory, base: int, count: int, visit: Callable[[int, int], int], first: int = 0) -> bool:
+def _walk(pages: Pages, base: int, count: int, visit: Callable[[int, int], int], first: int = 0) -> bool:
     """Follow the chain of entries through a table.
 
     Args:
@@ -264,23 +266,9 @@ def _walk(memory: GuestMemory, base: int, count: int, visit: Callable[[int, int]
         Whether ``visit`` ended it, as opposed to the end of the table.
     """
     index = 0
-    start = end = 0  # what ``piece`` holds
-    piece = b""
     while index < count:
-        address = base + index * ENTRY_SIZE
-        if not start <= address < end:
-            start = address
-            end = min((address | READ_SIZE - 1) + 1, base + count * ENTRY_SIZE)
-            piece = memory.read(start, end - start)
-        offset = address - start
-        step = visit(first + index, int.from_bytes(piece[offset : offset + ENTRY_SIZE], "little"))
+        step = visit(first + index, pages.read_u64(base + index * ENTRY_SIZE))
         if not step:
             return True
         index += step
     return False
-
-
-def _entries(memory: GuestMemory, base: int, count: int) -> Iterator[int]:
-    """The entries of a table one after the other, read when they are asked for."""
-    for index in range(count):
-        yield memory.read_u64(base + index * ENTRY_SIZE)

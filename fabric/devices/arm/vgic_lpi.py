@@ -14,6 +14,8 @@ from fabric.devices.arm.vgic_irq import MIN_LPI
 from fabric.errors import KvmError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fabric.devices.arm.vgic import Vgic
     from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
     from fabric.devices.arm.vgic_irq import VgicIrq
@@ -42,9 +44,13 @@ def sanitise_baser(value: int) -> int:
     return value
 
 
-def load_config(vgic: Vgic, irq: VgicIrq) -> None:
-    """Take enable and priority of an LPI from the configuration table. KvmError(EFAULT) where there is no RAM."""
-    config = vgic.vm.memory.read_u8((vgic.propbaser & PROPBASER_ADDRESS) + irq.intid - MIN_LPI)
+def load_config(vgic: Vgic, irq: VgicIrq, read_u8: Callable[[int], int] | None = None) -> None:
+    """Take enable and priority of an LPI from the configuration table. KvmError(EFAULT) where there is no RAM.
+
+    ``read_u8`` reads guest memory, for a caller that reads it in larger pieces.
+    """
+    address = (vgic.propbaser & PROPBASER_ADDRESS) + irq.intid - MIN_LPI
+    config = vgic.vm.memory.read_u8(address) if read_u8 is None else read_u8(address)
     vgic.set_lpi_config(irq, bool(config & CONFIG_ENABLE), config & CONFIG_PRIORITY)
 
 
