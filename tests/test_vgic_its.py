@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -581,6 +582,50 @@ class TestMsi:
 
         assert errno.EBUSY == errno_of(machine.msi, 1, 0, address=other + 0x10040)
         assert 1 == machine.msi(1, 0)
+
+
+class TestSeveral:
+    def test_an_lpi_mapped_by_two_of_them(self, machine: ItsMachine) -> None:
+        """LPIs are the VM's: one that two ITSs map lives until both have let go of it."""
+        machine.map_all()
+        propbaser = machine.vgic.propbaser
+        second = ItsMachine.__new__(ItsMachine)
+        second.vm, second.vgic, second.memory = machine.vm, machine.vgic, machine.memory
+        second.its = Its.create(machine.vm)
+        machine.vgic.propbaser = propbaser
+        second.its.place(ITS_BASE + 0x20000)
+        for offset in (CBASER, BASER0, BASER1):
+            second.set_reg(offset, machine.reg(offset) + (0x8_0000 if offset == CBASER else 0))
+        second.set_reg(CTLR, 1)
+        second.run(mapc(0, 1), mapd(5), mapti(5, 7, LPI, 0))
+        assert 1 == second.msi(5, 7, address=DOORBELL + 0x20000)
+        assert {LPI: 0} == machine.pending(), "its first event decides where it goes"
+        machine.run(event_command("DISCARD", 1, 0))
+        assert {LPI: 0} == machine.pending()
+        second.run(mapd(5, valid=0))
+        assert ({}, {"unmapped": 1}) == (machine.pending(), machine.dropped())
+
+
+class TestSize:
+    def test_memory_per_mapped_lpi(self) -> None:
+        """A mapped LPI costs at most 250 bytes in all: the interrupt, its event, and the tables they are in."""
+        machine = ItsMachine()
+        machine.run(mapc(0, 0), mapd(1, 14))
+        commands = [mapti(1, event, LPI + event, 0) for event in range(12_000)]
+        machine.set_reg(CTLR, 0)
+        machine.set_reg(CBASER, VALID | QUEUE | 0x7F)
+        machine.memory.write(QUEUE, b"".join(commands))
+        machine.set_reg(CTLR, 1)
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            machine.set_reg(CWRITER, 32 * len(commands))
+            used = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+
+        assert len(commands) == len(machine.vgic.lpis)
+        assert used / len(commands) <= 250
 
 
 INVALIDATING = [

@@ -264,6 +264,19 @@ def test_corrupt_tables_are_refused(machine: ItsMachine, address: int, entry: in
     assert ({}, {}, {}) == (machine.its.devices, machine.its.collections, machine.vgic.lpis)
 
 
+@pytest.mark.spec("its.ctrl.restore-tables.EINVAL.dte-id")
+@pytest.mark.parametrize("indirect", [0, 1 << 62], ids=["flat", "indirect"])
+def test_device_ids_have_16_bits(machine: ItsMachine, indirect: int) -> None:
+    """A table may be larger than there are device ids; a valid entry beyond them is refused."""
+    machine.set_reg(CTLR, 0)
+    machine.set_reg(BASER0, VALID | indirect | DEVICE_TABLE | 8)
+    if indirect:
+        machine.memory.write_u64(DEVICE_TABLE + 8 * 8, VALID | LEVEL2)
+    machine.memory.write_u64(LEVEL2 if indirect else DEVICE_TABLE + 8 * 65536, dte(1))
+
+    assert errno.EINVAL == errno_of_restore(machine)
+
+
 @pytest.mark.parametrize(
     ("address", "entry", "devices", "events"),
     [
