@@ -116,6 +116,21 @@ class ItsMachine:
             self.set_reg(BASER1, VALID | COLLECTION_TABLE)
             self.set_reg(CTLR, 1)
 
+    def copy(self) -> ItsMachine:
+        """A second VM made from guest memory and the states of the first."""
+        other = ItsMachine.__new__(ItsMachine)
+        other.vm = FakeVm(len(self.vm.vcpus))
+        other.memory = other.vm.memory
+        other.memory.add_ram(RAM, RAM_SIZE)
+        nothing = bytes(1 << 16)
+        for at in range(RAM, RAM + RAM_SIZE, len(nothing)):
+            block = self.memory.read(at, len(nothing))
+            if block != nothing:
+                other.memory.write(at, block)
+        other.vgic = VgicV3.from_state(other.vm, self.vgic.state())
+        other.its = Its.from_state(other.vm, self.its.state())
+        return other
+
     def forward(self) -> None:
         """Let the distributor forward, and the vCPUs take, interrupts."""
         self.vgic.set_forwarding(True)

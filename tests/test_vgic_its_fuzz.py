@@ -259,3 +259,18 @@ def test_saved_and_restored_does_the_same(
     machine.its.invalidate_cache()
     for msi in senders:
         assert walker.step("msi", msi) == other.step("msi", msi)
+
+
+@given(st.lists(steps, max_size=30), st.lists(steps, max_size=20))
+@settings(max_examples=60, deadline=None)
+def test_a_copy_goes_on_as_the_original(before: list[tuple[str, Any]], after: list[tuple[str, Any]]) -> None:
+    """A machine restored from states answers every further step as the one that was never interrupted."""
+    walker = walk(before)
+    copy = Walker.__new__(Walker)
+    copy.machine = walker.machine.copy()
+    copy.machine.check()
+    for kind, argument in after:
+        assert walker.step(kind, argument) == copy.step(kind, argument)
+
+    assert walker.machine.its.state() == copy.machine.its.state()
+    assert walker.machine.pending() == copy.machine.pending()

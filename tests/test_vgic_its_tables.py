@@ -32,7 +32,6 @@ from its_machine import (
 
 from fabric.devices.arm.vgic_its import Its
 from fabric.devices.arm.vgic_its_state import ItsState
-from fabric.devices.arm.vgic_v3 import VgicV3
 from fabric.errors import KvmError
 from fabric.uapi.arm64 import ItsCte, ItsDte, ItsIte
 from fabric.uapi.kvm import KvmUserspaceMemoryRegion
@@ -341,23 +340,12 @@ def test_a_saved_its_comes_back(machine: ItsMachine) -> None:
 
 
 class TestState:
-    def copy(self, machine: ItsMachine) -> ItsMachine:
-        """A second VM made from the states of the first."""
-        other = ItsMachine.__new__(ItsMachine)
-        other.vm = FakeVm()
-        other.memory = other.vm.memory
-        other.memory.add_ram(RAM, RAM_SIZE)
-        other.memory.write(RAM, machine.memory.read(RAM, RAM_SIZE))
-        other.vgic = VgicV3.from_state(other.vm, machine.vgic.state())
-        other.its = Its.from_state(other.vm, machine.its.state())
-        return other
-
     def test_goes_on_as_before(self, machine: ItsMachine) -> None:
         """A copy answers the same MSIs and commands, the translation cache included."""
         machine.map_all()
         machine.run(mapti(1, 9, LPI, 1), mapti(1, 10, LPI + 10, 7))
         machine.msi(1, 0)
-        other = self.copy(machine)
+        other = machine.copy()
         other.check()
 
         assert machine.its.state() == other.its.state()
