@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 
-from fabric.devices.arm.vgic_irq import PRIORITY_BITS, PRIORITY_MASK, VgicCpu
+from fabric.devices.arm.vgic_irq import INTID_MASK, PRIORITY_BITS, PRIORITY_MASK, VgicCpu
 from fabric.errors import KvmError
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic import Vgic
     from fabric.devices.base import VcpuServices
 
-INTID_MASK = 0xFF_FFFF
 MIN_BPR0 = 7 - PRIORITY_BITS
 MIN_BPR1 = MIN_BPR0 + 1
 SRE_VALUE = 7
@@ -107,7 +106,7 @@ ICC_READ: dict[str, Callable[[VgicV3Cpu], int]] = {
     "ICC_AP0R0_EL1": lambda cpu: cpu.apr0,
     "ICC_AP1R0_EL1": lambda cpu: cpu.apr1,
     "ICC_RPR_EL1": lambda cpu: cpu.running_priority,
-    "ICC_IAR1_EL1": lambda cpu: cpu.acknowledge(1),
+    "ICC_IAR1_EL1": VgicV3Cpu.iar1,
     "ICC_HPPIR1_EL1": lambda cpu: cpu.highest_pending(1),
     "ICC_BPR1_EL1": lambda cpu: cpu.effective_bpr1(),
     "ICC_CTLR_EL1": lambda cpu: _control(cpu, PRIORITY_BITS, ID_BITS_24),
@@ -175,7 +174,7 @@ ICC_WRITE: dict[str, Callable[[VgicV3Cpu, int], None]] = {
     # With one security state these two reach group 0 only.
     "ICC_ASGI1R_EL1": lambda cpu, value: send_sgi(cpu, value, any_group=False),
     "ICC_SGI0R_EL1": lambda cpu, value: send_sgi(cpu, value, any_group=False),
-    "ICC_EOIR1_EL1": lambda cpu, value: cpu.end_of_interrupt(1, value & INTID_MASK),
+    "ICC_EOIR1_EL1": VgicV3Cpu.eoir1,
     "ICC_BPR1_EL1": _set_bpr1,
     "ICC_CTLR_EL1": _set_ctlr,
     "ICC_SRE_EL1": _ignore,

@@ -41,11 +41,15 @@ SPURIOUS = 1023
 """INTID read when there is nothing to acknowledge."""
 FIRST_SPECIAL = 1020
 LAST_SPECIAL = 1023
+INTID_MASK = 0xFF_FFFF
+"""The INTID in a register that holds one."""
 IDLE_PRIORITY = 0xFF
 """Running priority of a vCPU with no active interrupt."""
 PRIORITY_BITS = 5
 """Implemented priority bits: the upper five of eight."""
 PRIORITY_SHIFT = 8 - PRIORITY_BITS
+_APR_BIT = tuple(1 << (priority >> PRIORITY_SHIFT) for priority in range(256))
+"""Priority to its bit in the active priorities register."""
 PRIORITY_MASK = 0xFF & -(1 << PRIORITY_SHIFT)
 NR_LIST_REGISTERS = 4
 """What a vCPU can hold of active and pending interrupts at a time; active ones come first."""
@@ -267,6 +271,55 @@ class VgicCpu:
                         self.events.completed(self.index, intid)
                 elif self._holds(entry):
                     self.vgic.deactivate(irq)
+
+    def iar1(self) -> int:
+        """ICC_IAR1_EL1: ``acknowledge(1)``, with the common case spelled out: an LPI, and nothing active."""
+        if not self.line or self.nr_active or self.queue0 or self.igrpen0:
+            return self.acknowledge(1)
+        queue = self.queue
+        irq = queue[0][2]
+        if irq.__class__ is not VgicIrq:
+            return self.acknowledge(1)
+        heappop(queue)
+        irq.pending = False
+        irq.active = True
+        self.nr_active = 1
+        while queue and queue[0][2].entry is not queue[0]:
+            heappop(queue)
+        self.threshold = priority = irq.priority & self.mask1
+        self.apr1 |= _APR_BIT[priority]
+        self.line = False
+        self.ledger.delivered += 1
+        if self.events is not None:
+            self.events.acknowledged(self.index, irq.intid)
+        return irq.intid
+
+    def eoir1(self, value: int) -> None:
+        """ICC_EOIR1_EL1: ``end_of_interrupt(1, ...)``, with the end of the one active LPI spelled out."""
+        irq = self.lpis.get(value)
+        if (
+            irq is None
+            or irq.pending
+            or not irq.active
+            or self.nr_active != 1
+            or self.apr1 != _APR_BIT[irq.priority & self.mask1]
+            or self.apr0
+            or self.queue0
+            or self.igrpen0
+            or not irq.group
+            or irq.entry is None
+            or irq.entry[3] is not self
+        ):
+            self.end_of_interrupt(1, value & INTID_MASK)
+            return
+        irq.active = False
+        irq.entry = None
+        self.nr_active = self.apr1 = 0
+        self.threshold = threshold = self.pmr if self.igrpen1 and self.forwarding else 0
+        queue = self.queue
+        self.line = bool(queue) and queue[0][0] < threshold
+        if self.events is not None:
+            self.events.completed(self.index, value)
 
     # -- the rest of the CPU interface ----------------------------------------------------------------------
 
