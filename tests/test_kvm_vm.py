@@ -1,0 +1,309 @@
+"""System and VM fds of an arm64 host: capabilities, types, vCPUs, memory, devices, interrupt lines."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Any
+
+import pytest
+from kvm_machine import Arm, outcome
+
+from fabric.kvm import Kvm
+from fabric.kvm.typed import Host
+from fabric.uapi import arm64 as arm
+from fabric.uapi import ioctl as requests
+from fabric.uapi import kvm as uapi
+
+SPI, PPI, CPU = arm.KVM_ARM_IRQ_TYPE_SPI, arm.KVM_ARM_IRQ_TYPE_PPI, arm.KVM_ARM_IRQ_TYPE_CPU
+
+
+@pytest.mark.spec("api.get-api-version", "api.get-vcpu-mmap-size")
+def test_the_first_calls_of_every_vmm() -> None:
+    """API version 12, and a run area of struct kvm_run and the coalesced MMIO ring."""
+    host = Host(Kvm("aarch64"))
+
+    assert (12, 8192) == (host.api_version(), host.mmap_size)
+
+
+@pytest.mark.spec("api.check-extension.EINVAL.msi-devid-system", "api.check-extension.rule.msi-devid")
+def test_msi_devid_is_a_capability_of_vms_with_an_its() -> None:
+    """EINVAL on the system fd, then 0, then 1."""
+    machine = Arm(memory=True)
+
+    assert "EINVAL" == outcome(machine.host.check_extension, uapi.KVM_CAP_MSI_DEVID)
+    assert 0 == machine.vm.check_extension(uapi.KVM_CAP_MSI_DEVID)
+    machine.add_its()
+    assert 1 == machine.vm.check_extension(uapi.KVM_CAP_MSI_DEVID)
+
+
+@pytest.mark.spec("api.check-extension.rule.unknown-0")
+@pytest.mark.parametrize("cap", [1, 12345, (1 << 64) - 1])
+def test_unknown_capabilities_are_not_there(cap: int) -> None:
+    """Any other number reads 0."""
+    machine = Arm(gic=False)
+
+    assert (0, 0) == (machine.host.check_extension(cap), machine.vm.check_extension(cap))
+
+
+def test_capabilities_follow_the_host() -> None:
+    """Options show in what KVM_CHECK_EXTENSION answers."""
+    host = Host(
+        Kvm("aarch64", host_gic=2, ipa_bits=40, host_cpus=64, sve=False, ptrauth=False, pmu_ids=(), steal_time=False)
+    )
+    caps = {
+        uapi.KVM_CAP_MAX_VCPUS: 8,
+        uapi.KVM_CAP_NR_VCPUS: 8,
+        uapi.KVM_CAP_ARM_VM_IPA_SIZE: 40,
+        uapi.KVM_CAP_ARM_SVE: 0,
+        uapi.KVM_CAP_ARM_PTRAUTH_ADDRESS: 0,
+        uapi.KVM_CAP_ARM_PMU_V3: 0,
+        uapi.KVM_CAP_STEAL_TIME: 0,
+    }
+
+    assert caps == {cap: host.check_extension(cap) for cap in caps}
+
+
+@pytest.mark.spec("api.create-vm.rule.arm-ipa", "api.create-vm.EINVAL.type", "layout.arm-vm-type")
+def test_machine_types_are_address_widths() -> None:
+    """32 up to the host's limit, and 0 for 40 bits, which the host must have."""
+    host = Host(Kvm("aarch64", ipa_bits=44))
+    widths = {bits: outcome(host.create_vm, bits) for bits in (0, 31, 32, 44, 45, 256, 296)}
+
+    assert {31, 45, 256, 296} == {bits for bits, answer in widths.items() if answer == "EINVAL"}
+    assert [40, 32, 44] == [host.kvm.vm(widths[bits].fd).ipa_bits for bits in (0, 32, 44)]
+    assert "EINVAL" == outcome(Host(Kvm("aarch64", ipa_bits=36)).create_vm, 0)
+
+
+@pytest.mark.spec(
+    "api.create-vcpu.EINVAL.id",
+    "api.create-vcpu.EINVAL.arm-id",
+    "api.create-vcpu.EEXIST.duplicate",
+    "api.create-vcpu.EBUSY.gic-initialised",
+    "api.create-vcpu.rule.id-sparse",
+)
+def test_vcpu_ids() -> None:
+    """Below 512, each once, in any order; none after the GIC was initialised. The id is 32 bits of the argument."""
+    machine = Arm(0, init=False)
+
+    assert "EINVAL" == outcome(machine.vm.create_vcpu, 512)
+    for vcpu_id in (511, 3, 1 << 32):
+        machine.vm.create_vcpu(vcpu_id)
+    assert "EEXIST" == outcome(machine.vm.create_vcpu, 3)
+    assert [511, 3, 0] == [vcpu.vcpu_id for vcpu in machine.inside.vcpus]
+
+    machine.gic.set_attr(4, 0)
+    assert "EBUSY" == outcome(machine.vm.create_vcpu, 5)
+
+
+@pytest.mark.spec("api.create-vcpu.EINVAL.arm-id")
+def test_a_host_with_gicv2_has_eight_vcpus() -> None:
+    """Ids from 8 on are EINVAL."""
+    vm = Host(Kvm("aarch64", host_gic=2)).create_vm()
+
+    assert ["EINVAL", False] == [outcome(vm.create_vcpu, 8), outcome(vm.create_vcpu, 7) == "EINVAL"]
+
+
+@pytest.mark.spec("api.create-vcpu.EINVAL.count", "api.create-vcpu.rule.count")
+def test_a_vm_has_512_vcpus() -> None:
+    """One more is EINVAL whatever its id."""
+    machine = Arm(0, gic=False)
+    for vcpu_id in range(512):
+        machine.vm.create_vcpu(vcpu_id)
+
+    assert "EINVAL" == outcome(machine.vm.create_vcpu, 0)
+
+
+@pytest.mark.spec(
+    "api.create-device.ENODEV.type", "api.create-device.rule.test", "api.create-device.rule.unknown-flags"
+)
+def test_device_types() -> None:
+    """Types the host lacks are ENODEV; a test creates nothing; other flags are ignored."""
+    machine = Arm(gic=False)
+    create = machine.vm.create_device
+    types = {n: outcome(create, n, uapi.KVM_CREATE_DEVICE_TEST) for n in (0, 4, 5, 7, 8, 10, 11, 0xFFFF_FFFF)}
+
+    assert {0, 5, 10, 11, 0xFFFF_FFFF} == {n for n, answer in types.items() if answer == "ENODEV"}
+    assert [] == machine.inside.devices
+    assert "EEXIST" == [outcome(create, uapi.KVM_DEV_TYPE_ARM_VGIC_V3, 2) for _ in range(2)][1]
+
+
+@pytest.mark.spec("api.create-irqchip.ENODEV.arm-no-v2")
+def test_create_irqchip_needs_a_host_with_gicv2() -> None:
+    """The old call makes a GICv2."""
+    machine = Arm(gic=False)
+
+    assert "ENODEV" == outcome(machine.vm.ioctl, requests.KVM_CREATE_IRQCHIP)
+
+
+@pytest.mark.spec("api.arm-set-device-addr.ENODEV.device", "api.arm-set-device-addr.ENODEV.type")
+def test_the_old_way_to_place_frames_is_for_a_gicv2() -> None:
+    """Without one, or for another device, it is ENODEV."""
+    machine = Arm()
+
+    for device_id in (0, 1, 1 << 16, 1 << 32):
+        address = arm.KvmArmDeviceAddr(device_id, 0x0800_0000)
+        assert "ENODEV" == outcome(machine.vm.ioctl, requests.KVM_ARM_SET_DEVICE_ADDR, address)
+
+
+def test_preferred_target() -> None:
+    """One target for every host, no features; what was in the struct is overwritten."""
+    machine = Arm(gic=False)
+    init = bytearray(b"\xff" * arm.KvmVcpuInit.SIZE)
+    machine.vm.ioctl(requests.KVM_ARM_PREFERRED_TARGET, init)
+
+    assert arm.KvmVcpuInit(arm.KVM_ARM_TARGET_GENERIC_V8) == arm.KvmVcpuInit.unpack(init)
+
+
+@pytest.mark.spec("api.enable-cap.EINVAL.flags", "api.enable-cap.EINVAL.unknown")
+def test_capabilities_that_can_be_enabled() -> None:
+    """A few on the VM fd, none with flags, none on vCPU fds."""
+    machine = Arm(gic=False)
+
+    def enable(cap: int, flags: int = 0) -> Any:
+        return outcome(machine.vm.ioctl, requests.KVM_ENABLE_CAP, uapi.KvmEnableCap(cap, flags))
+
+    assert [0, 0, 0] == [
+        enable(cap) for cap in (uapi.KVM_CAP_ARM_NISV_TO_USER, uapi.KVM_CAP_ARM_SYSTEM_SUSPEND, uapi.KVM_CAP_HALT_POLL)
+    ]
+    assert ["EINVAL", "EINVAL"] == [enable(uapi.KVM_CAP_ARM_NISV_TO_USER, 1), enable(uapi.KVM_CAP_IRQFD)]
+    assert "EINVAL" == outcome(
+        machine.vcpus[0].ioctl, requests.KVM_ENABLE_CAP, uapi.KvmEnableCap(uapi.KVM_CAP_HALT_POLL)
+    )
+
+
+# -- memory
+
+
+@pytest.mark.spec("api.get-dirty-log.rule.bits", "api.get-dirty-log.rule.clears")
+def test_the_dirty_log_is_fetched_and_cleared() -> None:
+    """Bit n is page n; a second fetch has nothing."""
+    machine = Arm(gic=False)
+    machine.vm.set_memory(1, 0x1_0000, 0x1_0000, machine.user.map(0x1_0000), uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    machine.inside.memory.write(0x1_2FFE, b"abcd")
+
+    assert (0b1100).to_bytes(8, "little") == machine.vm.dirty_log(1, 16)
+    assert bytes(8) == machine.vm.dirty_log(1, 16)
+
+
+@pytest.mark.spec("api.get-dirty-log.ENOENT.no-log", "api.get-dirty-log.EINVAL.slot")
+def test_slots_without_a_dirty_log() -> None:
+    """ENOENT where there is no slot or no log, EINVAL for a number that no slot can have."""
+    machine = Arm(gic=False, memory=True)
+
+    assert ["ENOENT", "ENOENT", "EINVAL"] == [outcome(machine.vm.dirty_log, n, 1) for n in (0, 1, 0xFFFF)]
+
+
+@pytest.mark.spec("api.set-user-memory-region.EEXIST.overlap")
+def test_memory_beyond_the_guests_addresses_is_efault() -> None:
+    """arm64 answers EFAULT where others have EINVAL; an overlap is EEXIST."""
+    machine = Arm(gic=False, memory=True)
+
+    assert "EFAULT" == outcome(machine.vm.set_memory, 1, (1 << 40) - 4096, 8192, 4096)
+    assert "EEXIST" == outcome(machine.vm.set_memory, 1, 0x8000_0000, 4096, 4096)
+
+
+def test_guest_memory_is_that_of_this_process() -> None:
+    """What the VMM maps is what the guest has, both ways, at once."""
+    kvm = Kvm("aarch64")
+    vm = Host(kvm).create_vm()
+    mapping = mmap.mmap(-1, 8192)
+    vm.set_memory(0, 0x8000_0000, 8192, ctypes.addressof(ctypes.c_char.from_buffer(mapping)))
+    memory = kvm.vm(vm.fd).memory
+    mapping[100:104] = b"host"
+    memory.write(0x8000_0000 + 4094, b"guest")
+
+    assert (b"host", b"guest") == (memory.read(0x8000_0000 + 100, 4), mapping[4094:4099])
+
+
+def test_memory_that_was_unmapped_is_efault() -> None:
+    """A slot whose user memory is gone answers EFAULT and does not crash."""
+    machine = Arm(gic=False, memory=True)
+    machine.user.unmap(machine.ram)
+
+    assert "EFAULT" == outcome(machine.inside.memory.read, 0x8000_0000, 8)
+
+
+# -- KVM_IRQ_LINE
+
+
+@pytest.mark.spec(
+    "api.irq-line.EINVAL.arm-type",
+    "api.irq-line.EINVAL.arm-id",
+    "api.irq-line.EINVAL.arm-vcpu",
+    "api.irq-line.rule.arm-layout-2",
+)
+def test_irq_line_with_a_gic() -> None:
+    """SPIs of the GIC, PPIs 16 to 31 of vCPUs that are there; other types and numbers are EINVAL."""
+    machine = Arm(2)
+    line = machine.vm.irq_line
+
+    assert [None, None] == [line(arm.irq_line(SPI, 255), 1), line(arm.irq_line(PPI, 16, 1), 1)]
+    for irq in (
+        arm.irq_line(SPI, 31),
+        arm.irq_line(SPI, 256),
+        arm.irq_line(PPI, 15),
+        arm.irq_line(PPI, 32),
+        arm.irq_line(PPI, 20, 2),
+        arm.irq_line(PPI, 20, 256),
+        arm.irq_line(3, 40),
+        0xF << 24,
+    ):
+        assert "EINVAL" == outcome(line, irq, 1), hex(irq)
+
+
+@pytest.mark.spec("api.irq-line.ENXIO.no-irqchip", "api.irq-line.rule.arm-userspace")
+def test_irq_line_and_who_has_the_gic() -> None:
+    """The CPU's own inputs belong to a userspace GIC, SPIs and PPIs to an in-kernel one: else ENXIO."""
+    with_gic, without = Arm(), Arm(gic=False)
+
+    assert "ENXIO" == outcome(with_gic.vm.irq_line, arm.irq_line(CPU, 0), 1)
+    assert ["ENXIO", "ENXIO"] == [outcome(without.vm.irq_line, arm.irq_line(kind, 40), 1) for kind in (SPI, PPI)]
+    assert [None, None, "EINVAL", "EINVAL"] == [
+        outcome(without.vm.irq_line, irq, 1)
+        for irq in (arm.irq_line(CPU, 0), arm.irq_line(CPU, 1), arm.irq_line(CPU, 2), arm.irq_line(CPU, 0, 1))
+    ]
+
+
+@pytest.mark.spec("api.irq-line.EBUSY.arm-v3-uninit")
+def test_irq_line_before_init() -> None:
+    """EBUSY, also when taps or faults are on the way."""
+    machine = Arm(init=False)
+
+    assert "EBUSY" == outcome(machine.vm.irq_line, arm.irq_line(SPI, 40), 1)
+    machine.inside.lines.tap(lambda event: None)
+    assert "EBUSY" == outcome(machine.vm.irq_line, arm.irq_line(SPI, 40), 1)
+
+
+@pytest.mark.spec("api.irq-line-status.rule.arm-no-route", "api.irq-line.rule.arm-no-route")
+def test_irq_line_does_not_look_at_routes() -> None:
+    """The number is the interrupt's own; the status variant reports nothing on arm64."""
+    machine = Arm()
+    machine.vm.set_routes([])
+    status = bytearray(uapi.KvmIrqLevel(arm.irq_line(SPI, 40), 1).pack())
+    machine.vm.ioctl(requests.KVM_IRQ_LINE_STATUS, status)
+
+    assert 1 << 8 == machine.pending()
+    assert arm.irq_line(SPI, 40) == uapi.KvmIrqLevel.unpack(status).irq
+
+
+def test_any_level_but_zero_is_high() -> None:
+    """As the kernel takes it."""
+    machine = Arm()
+    machine.level_triggered()
+    machine.vm.irq_line(arm.irq_line(SPI, 40), 256)
+
+    assert 1 << 8 == machine.lines()
+
+
+# -- KVM_SIGNAL_MSI
+
+
+@pytest.mark.spec("api.signal-msi.EINVAL.no-irqchip", "api.signal-msi.EINVAL.flags", "api.signal-msi.ENODEV.arm-no-its")
+def test_messages_need_an_its() -> None:
+    """EINVAL without a GIC or with unknown flags, ENODEV without an ITS."""
+    assert "EINVAL" == outcome(Arm(gic=False).vm.signal_msi, 0x0809_0040, 0, 8)
+    machine = Arm()
+    assert "ENODEV" == outcome(machine.vm.signal_msi, 0x0809_0040, 0, 8)
+    msi = uapi.KvmMsi(0x0809_0040, flags=2)
+    assert "EINVAL" == outcome(machine.vm.ioctl, requests.KVM_SIGNAL_MSI, msi)
