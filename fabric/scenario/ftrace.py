@@ -207,6 +207,11 @@ class Trace:
     events: list[TraceEvent]
     report: ImportReport
 
+    @property
+    def cpus(self) -> int:
+        """CPUs of the traced machine: what its header says, else those that events name."""
+        return self.report.cpus or max(max(event.cpu, event.target) for event in self.events) + 1
+
 
 @attrs.define(slots=True)
 class _Meaning:

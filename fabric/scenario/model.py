@@ -26,6 +26,7 @@ ARRIVALS = ("exponential", "constant")
 FAULTS = ("hold", "drop", "duplicate", "delay", "fail")
 SPREADS = ("turn", "source")
 
+_NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?(e[-+]?[0-9]{1,2})?|[0-9]{1,18}/[0-9]{1,18}")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 
 
@@ -107,11 +108,13 @@ def _errno(value: Any) -> str:
 
 def _factor(value: Any) -> str:
     try:
-        if isinstance(value, str | int) and not isinstance(value, bool) and Fraction(value) > 0:
-            return str(Fraction(value))
-    except (ValueError, ZeroDivisionError):
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and _NUMBER.fullmatch(str(value)):
+            factor = Fraction(str(value))  # 0.1 is the decimal that was written
+            if factor > 0:
+                return str(factor)
+    except ZeroDivisionError:
         pass
-    raise ValueError(f"must be a positive integer or a fraction such as '1/2', not {value!r}")
+    raise ValueError(f"must be a positive number or a fraction such as '1/2', not {value!r}")
 
 
 @attrs.frozen

@@ -28,8 +28,8 @@ PATIENCE_NS = 1_000_000_000
 def execute(
     scenario: Scenario, seed: int | None = None, *, trace: Trace | None = None, log: EventLog | None = None
 ) -> RunResult:
-    """Run ``scenario`` and return its results; arguments and errors as of :class:`Run`."""
-    return Run(scenario, seed, trace=trace, log=log).execute()
+    """Run ``scenario`` and return its results; arguments and errors as of :class:`Run` and :meth:`Run.execute`."""
+    return Run(scenario, seed, trace=trace).execute(log)
 
 
 class Run:
@@ -39,15 +39,12 @@ class Run:
       scenario: what to run.
       seed: instead of the scenario's own.
       trace: the trace to replay, already read; by default it is read from the scenario's file.
-      log: where event records go.
 
     Raises:
       ConfigError: the scenario cannot be run; all that is known to be wrong, at once.
     """
 
-    def __init__(
-        self, scenario: Scenario, seed: int | None = None, *, trace: Trace | None = None, log: EventLog | None = None
-    ) -> None:
+    def __init__(self, scenario: Scenario, seed: int | None = None, *, trace: Trace | None = None) -> None:
         self.scenario = scenario if seed is None else attrs.evolve(scenario, seed=seed)
         if trace is None and scenario.replay.trace:
             trace = read_trace(scenario.replay.trace)
@@ -59,17 +56,18 @@ class Run:
         if scenario.duration_ns:
             self._until_ns = scenario.duration_ns
         self._last = EventRing(scenario.trace.last)
-        self._log: EventLog = self._last if log is None else EventTee(log, self._last)
 
-    def execute(self) -> RunResult:
-        """Simulate it.
+    def execute(self, log: EventLog | None = None) -> RunResult:
+        """Simulate it, once. Event records go to ``log``.
 
         Raises:
           SimulationError: the run could not go on, or its ledger does not balance.
           ConfigError: a fault names a channel that the machine does not have.
         """
         try:
-            result: RunResult = self.engine.run(self._main, ())
+            result: RunResult = self.engine.run(
+                self._main, (EventTee(log, self._last) if log is not None else self._last,)
+            )
         except BaseExceptionGroup as group:
             raise _only(group) from None
         return result
@@ -83,11 +81,11 @@ class Run:
         """The last event records, oldest first, as lines of JSON."""
         return self._last.lines()
 
-    async def _main(self) -> RunResult:
+    async def _main(self, log: EventLog) -> RunResult:
         scenario, engine = self.scenario, self.engine
         setup = set_up(scenario, self.plan, engine)
         check_faults(scenario.fault, setup)
-        recorder = Recorder(engine, log=self._log, name=setup.guest.driver.label)
+        recorder = Recorder(engine, log=log, name=setup.guest.driver.label)
         setup.machine.vm.listen(recorder)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(setup.machine.run, name="machine")

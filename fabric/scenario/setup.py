@@ -76,7 +76,7 @@ class Setup:
             result["ipi"] = {"sent": self.ipis.sent}
         if self.recorded_sources or self.recorded_ipis or self.recorded_ticks is not None:
             result["replay"] = {
-                "devices": sum(source.played for source in self.recorded_sources),
+                "device_interrupts": sum(source.played for source in self.recorded_sources),
                 "ipis": sum(one.sent for one in self.recorded_ipis),
                 "ticks": self.recorded_ticks.ticks if self.recorded_ticks is not None else 0,
             }

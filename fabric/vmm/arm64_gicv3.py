@@ -42,13 +42,14 @@ PSCI_SUCCESS = 0
 
 
 class Arm64Gicv3(Machine):
-    """An arm64 machine with a GICv3; see the memory map above."""
+    """GICv3 with one ITS, generic timers, PSCI; MSIs are LPIs."""
 
     name = "arm64-gicv3"
     arch = "aarch64"
     ram_base = RAM_BASE
     bar_base = BAR_BASE
     first_msi_gsi = 0
+    max_vcpus = 512
 
     @classmethod
     def least_memory(cls, vcpus: int) -> int:

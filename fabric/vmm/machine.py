@@ -70,6 +70,7 @@ class Machine:
     """Where the register blocks of devices begin."""
     first_msi_gsi = 0
     """GSIs below it are the board's own."""
+    max_vcpus = 1
     max_vectors = 4096
     """MSI-X vectors of all devices together: each takes a GSI route (KVM_CAP_IRQ_ROUTING)."""
 
@@ -97,6 +98,12 @@ class Machine:
         self.create_irqchip()
 
     # What a board adds.
+
+    @classmethod
+    def describe(cls) -> dict[str, str | int]:
+        """The board in a few words, for lists."""
+        about = (cls.__doc__ or "").partition("\n")[0]
+        return {"name": cls.name, "arch": cls.arch, "max_vcpus": cls.max_vcpus, "about": about}
 
     @classmethod
     def least_memory(cls, vcpus: int) -> int:
