@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 PAGE_SHIFT = 12
 PAGE_MASK = (1 << PAGE_SHIFT) - 1
-KEPT = 64
-"""Pages kept at a time."""
+KEPT = 1024
+"""Pages kept at a time: enough for the pending tables of 512 vCPUs."""
 
 
 class Pages:
