@@ -376,6 +376,25 @@ def test_immediate_exit() -> None:
     assert machine.kvm.vcpu(machine.vcpus[0].fd).has_run
 
 
+def test_immediate_exit_goes_through_the_hardware() -> None:
+    """As in the kernel, which loads the vCPU before it looks at immediate_exit.
+
+    The binary points are raised to what the hardware has, and a timer that is due raises its line.
+    """
+    machine = Arm()
+    vcpu = machine.vcpus[0]
+    vcpu.set_reg(arm.KVM_REG_ARM_TIMER_CTL, 0xFF01)
+
+    def look() -> list[int]:
+        sysregs = [machine.gic.get_attr(arm.KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, n) for n in (0xC643, 0xC663)]
+        levels = machine.gic.get_attr(arm.KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO, 0, 4)
+        return [*sysregs, levels, vcpu.get_reg(arm.KVM_REG_ARM_TIMER_CTL)]
+
+    assert [0, 0, 0, 0xFF05] == look()
+    run(vcpu)
+    assert [2, 3, 1 << 27, 5] == look()
+
+
 def test_a_plain_call_cannot_run_a_guest() -> None:
     """It takes time: the error says what to use instead."""
     machine = Arm()

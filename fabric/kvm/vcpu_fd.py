@@ -36,8 +36,8 @@ def run(file: VcpuFile, arg: int) -> int:
             "KVM_RUN takes time, which a plain call cannot: inside a simulation use `await kvm.run(fd)`",
         )
     if vcpu.engine is not None:
-        vcpu.run().send(None)  # completes an exit as well; it ends before it first waits
-    raise KvmError(errno.EINTR, "immediate_exit is set in the run area")
+        vcpu.run().send(None)  # completes an exit as well; it raises before it first waits
+    vcpu.leave_at_once()
 
 
 TABLE = (Ioctl(requests.KVM_RUN, VALUE, run),)

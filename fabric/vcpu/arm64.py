@@ -117,6 +117,13 @@ class Arm64Vcpu(Vcpu):
             self.cpu_interface.load()
         self.timers.load()
 
+    def touch_hardware(self) -> None:
+        """The CPU interface and the timers are loaded and stored again; a timer that is due raises its line."""
+        if self.cpu_interface is not None:
+            self.cpu_interface.touch_hardware()
+        self.timers.load()
+        self.timers.put()
+
     def leaving(self) -> None:
         """The lines stand still until the next KVM_RUN."""
         self.timers.put()

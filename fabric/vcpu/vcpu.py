@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fabric.clock import Priority
 from fabric.clock.hosted import Nested
@@ -74,7 +74,8 @@ class Vcpu:
         """How long it was out of KVM_RUN within the wait it is in."""
         self.run_area = bytearray(RUN_AREA_SIZE)
         self.run_view = memoryview(self.run_area)
-        self._host: Host | None = None
+        self.host: Host | None = None
+        """The physical CPUs it shares with others (:meth:`share`); None while there is one for every vCPU."""
         self._steal_wait: StealWait | None = None
         self._program: Program | None = None
         self._guest: Any = None
@@ -99,15 +100,10 @@ class Vcpu:
         self._costs = costs
         self.wakeup_ns = costs.wakeup_ns
 
-    @property
-    def host(self) -> Host | None:
-        """The physical CPUs it shares with others; None while there is one for every vCPU."""
-        return self._host
-
-    @host.setter
-    def host(self, host: Host | None) -> None:
-        self._host = host
-        self._steal_wait = None if host is None else StealWait(host, self)
+    def share(self, host: Host) -> None:
+        """Have it compute only while it holds one of the physical CPUs of ``host``."""
+        self.host = host
+        self._steal_wait = StealWait(host, self)
 
     @property
     def steal_wait(self) -> StealWait:
@@ -159,7 +155,7 @@ class Vcpu:
             self._completed = self._exit.complete(self.run_view)
             self._exit = None
         if self.run_area[KVM_RUN_IMMEDIATE_EXIT]:
-            raise KvmError(errno.EINTR, "immediate_exit is set in the run area")
+            self.leave_at_once()
         task = engine.blocking_task()
         priority = task.priority
         self.running = True
@@ -187,8 +183,8 @@ class Vcpu:
             self._task = None
             self.disturbed = False
             self.interrupted = False
-            if self._host is not None:
-                self._host.release(self)
+            if self.host is not None:
+                self.host.release(self)
             self.leaving()
             self._turn.wake_one()
         self._exit = left
@@ -217,6 +213,14 @@ class Vcpu:
     def power_off(self) -> None:
         """Stop for good (until powered on): the next KVM_RUN waits."""
         self.powered_off = True
+
+    def leave_at_once(self) -> NoReturn:
+        """KVM_RUN with immediate_exit: no guest runs, but the vCPU's state goes onto the CPU and back."""
+        self.touch_hardware()
+        raise KvmError(errno.EINTR, "immediate_exit is set in the run area")
+
+    def touch_hardware(self) -> None:
+        """What it does to the vCPU's registers to be on a physical CPU for a moment."""
 
     def entering(self) -> None:
         """KVM_RUN begins to run the guest."""

@@ -63,13 +63,17 @@ class VgicV3Cpu(VgicCpu):
         ICC_WRITE[name](self, value)
 
     def load(self) -> None:
-        """KVM_RUN puts the interface on the hardware, which raises the binary points to what it can do.
+        """KVM_RUN puts the interface on the hardware (:meth:`touch_hardware`) and runs the guest.
 
         What was queued while the distributor does not forward is taken off (see :mod:`.vgic`).
         """
         self.places.clear()
         if not self.forwarding:
             self.purge()
+        self.touch_hardware()
+
+    def touch_hardware(self) -> None:
+        """The registers go through the hardware, which raises the binary points to what it can do."""
         self.bpr0 = self.effective_bpr0()
         if not self.cbpr:
             self.bpr1 = self.effective_bpr1()
