@@ -146,7 +146,7 @@ def _price(scenario: Scenario, machine: Machine, engine: Engine) -> None:
         host = Host(engine, scenario.pcpus, slice_ns=scenario.slice_ns, switch_ns=costs.context_switch_ns)
     for vcpu in machine.vcpus:
         vcpu.costs = costs
-        vcpu.host = host
+        vcpu.share(host)
     machine.vm.msis.latency_ns = scenario.costs.wire_ns
 
 

@@ -75,9 +75,8 @@ class Cpu:
         if self.masked and host is None and ns and not vcpu.disturbed:
             # The common case, in a handler: nothing but time ends it, and then it is over.
             started = engine.now
-            task = engine.current
-            engine.wake_at(task, started + ns)
-            task.waits = vcpu
+            engine.current.waits = vcpu
+            engine.wake_at(engine.current, started + ns)
             yield
             if not vcpu.disturbed:
                 return

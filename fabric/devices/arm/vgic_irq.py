@@ -299,7 +299,6 @@ class VgicCpu:
         irq = self.lpis.get(value)
         if (
             irq is None
-            or irq.pending
             or not irq.active
             or self.nr_active != 1
             or self.apr1 != _APR_BIT[irq.priority & self.mask1]
@@ -312,11 +311,18 @@ class VgicCpu:
         ):
             self.end_of_interrupt(1, value & INTID_MASK)
             return
+        queue = self.queue
+        if irq.pending:
+            # Raised again meanwhile: queued in the place it had.
+            if irq.target is not self or not irq.enabled or irq.entry[0] != irq.priority or not self.forwarding:
+                self.end_of_interrupt(1, value)
+                return
+            heappush(queue, irq.entry)
+        else:
+            irq.entry = None
         irq.active = False
-        irq.entry = None
         self.nr_active = self.apr1 = 0
         self.threshold = threshold = self.pmr if self.igrpen1 and self.forwarding else 0
-        queue = self.queue
         self.line = bool(queue) and queue[0][0] < threshold
         if self.events is not None:
             self.events.completed(self.index, value)
