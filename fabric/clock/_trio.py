@@ -3,10 +3,11 @@
 The engine steps simulated tasks itself instead of passing each step through trio's run loop (3 to 10 µs a
 pass). For ``trio.lowlevel.current_task()``, cancel scopes and nurseries to work inside such a step, trio has to
 believe that the task is running, which it keeps in ``trio._core._run.GLOBAL_RUN_CONTEXT.task``, an attribute of
-a ``threading.local``. That name is not public. Everything else the engine does with trio is: a custom
-``trio.abc.Clock``, an ``Instrument``, ``lowlevel.reschedule`` and ``wait_task_rescheduled``.
+a ``threading.local``. That name is not public, and neither are the pending deadlines, the tasks that wait for all
+others to block, and the field of a trap that holds its abort function. Everything else the engine does with trio
+is public: a custom ``trio.abc.Clock``, an ``Instrument``, ``lowlevel.reschedule`` and ``wait_task_rescheduled``.
 
-Where the name is missing :func:`run_context` returns None and the engine lets trio step the tasks, one at a
+Where one of the names is missing :func:`run_context` returns None and the engine lets trio step the tasks, one at a
 time, in the same order (tests/test_engine_fallback.py compares the two). Only ``wait_all_tasks_blocked`` then
 waits longer than it should: until time has nowhere to go.
 """
@@ -37,12 +38,14 @@ def run_context() -> RunContext | None:
     """The private state of the trio run in this thread, or None when this trio keeps it elsewhere."""
     try:
         from trio._core._run import GLOBAL_RUN_CONTEXT
+        from trio._core._traps import Abort, WaitTaskRescheduled
 
         slots = GLOBAL_RUN_CONTEXT.__dict__
         runner = slots["runner"]
         deadlines = runner.deadlines
         idle_waiters = runner.waiting_for_idle
         deadlines._heap, deadlines.next_deadline  # noqa: B018  # both are used
+        WaitTaskRescheduled(lambda _: Abort.FAILED).abort_func  # noqa: B018
     except (ImportError, AttributeError, KeyError):
         return None
     return RunContext(slots, deadlines, idle_waiters)

@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
-import trio.testing
 
 from fabric.clock._trio import RunContext, run_context
 from fabric.clock.hosted import Hosted
@@ -57,7 +56,7 @@ _STEPS_PER_PASS = 20_000
 """After so many steps trio gets a turn, to look for signals and I/O (some 10 ms of wall time)."""
 
 _ENTRY_QUEUE = str(Path(trio.__file__).parent / "_core" / "_entry_queue.py")
-"""Where the code of trio's task for calls from other threads is; the engine leaves that one alone."""
+"""Where the code of trio's task for calls from other threads is."""
 
 _local = threading.local()
 
@@ -308,13 +307,12 @@ class Engine:
             self._private = run_context()
             self._wall_start = time.monotonic()
             self._service = trio.lowlevel.spawn_system_task(self._serve_timers, name="fabric timer service")
-            self._tasks.pop(self._service).done = True  # it never counts as waiting
-        elif task.coro.cr_code.co_filename == _ENTRY_QUEUE:
-            return
+            del self._tasks[self._service]  # it never counts as waiting
         self._spawned += 1
         hosted = Hosted(self, task, self._spawned, Priority.TASK)
+        if task.coro.cr_code.co_filename != _ENTRY_QUEUE:
+            self._tasks[task] = hosted
         task.coro = hosted  # type: ignore[assignment]
-        self._tasks[task] = hosted
 
     def scheduled(self, task: trio.lowlevel.Task) -> None:
         """Trio has a task runnable."""
@@ -353,8 +351,9 @@ class Engine:
         ready = self._ready
         later = self._later
         now = self.now
-        # Time may be moved freely, unless cancel scopes have deadlines, which a step can change.
-        free = self.pacing == "fast" and not len(private.idle_waiters)
+        idle_waiters = private.idle_waiters
+        fast = self.pacing == "fast"
+        free = fast and not len(idle_waiters)  # to move time, up to the next deadline
         try:
             for _ in range(_STEPS_PER_PASS):
                 if self._trio_wants_a_turn:
@@ -384,6 +383,7 @@ class Engine:
                     trap = error
                 if trap is not None or task.recheck:
                     task.leave_fast_path(trap)
+                    free = fast and not len(idle_waiters)
             return 0
         finally:
             self.current = None
@@ -392,11 +392,7 @@ class Engine:
     def _pump_through_trio(self, deadline_ns: float) -> float:
         """The same order with trio stepping the tasks: one entry, then back to trio."""
         ready, later = self._ready, self._later
-        for _ in range(_STEPS_PER_PASS):
-            if self._trio_wants_a_turn:
-                break
-            if not ready and not later:
-                return self._idle(deadline_ns)
+        while ready or later:
             entry = heappop(ready if not later or (ready and ready[0] < later[0]) else later)
             at, _, _, seq, task, value = entry
             if task.wake != seq:
@@ -417,7 +413,8 @@ class Engine:
                 self.current = None
             else:
                 task.step_in_trio(value)
-        return 0
+            return 0
+        return self._idle(deadline_ns)
 
     def _move_to(self, at: float, deadline_ns: float) -> float | None:
         """Move time to ``at`` (> now), or to the deadline before it: None, or how long trio has to sleep first."""
@@ -447,11 +444,13 @@ class Engine:
         """Time may not move. Somebody outside may still wake a task; if not, this is a deadlock."""
         if not self._tasks:
             return inf  # winding up: trio's own tasks are at work
+        from trio.testing import active_thread_count  # not at the top: it takes pytest along where that is installed
+
         statistics = trio.lowlevel.current_statistics()
         io = statistics.io_statistics
-        # One reader is trio's own: it waits for run_sync_soon.
+        # One reader is trio's own, which waits for calls from other threads.
         waiting = getattr(io, "tasks_waiting_read", 1) + getattr(io, "tasks_waiting_write", 0)
-        if waiting > 1 or trio.testing.active_thread_count() or statistics.run_sync_soon_queue_size:
+        if waiting > 1 or active_thread_count() or statistics.run_sync_soon_queue_size:
             return inf
         if self._private is None and not self._rested:
             self._rested = True

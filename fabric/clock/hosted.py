@@ -7,14 +7,18 @@ decides who steps the real coroutine:
 * While the coroutine waits for something of the engine (a sleep, a channel, an interrupt) the trio task is
   *parked*: blocked in what trio takes for a ``wait_task_rescheduled``. The engine resumes the coroutine directly
   and, if it waits for the engine again, the trio task simply stays parked. That is the fast path.
-* When the coroutine yields a trap of trio (any trio primitive does), the trap is handed to trio through the
-  parked task and is served in the ordinary way.
+* When the coroutine waits for a trio primitive, the task stays parked as well: the primitive reschedules it like
+  any other, and a cancellation is passed on to the primitive's own abort function.
+* Any other trap of trio, and the end of the task, is handed to trio through the parked task.
 * When trio resumes the task, the outcome does not go to the coroutine at once but into the engine's queue, so
   that the engine's order and not trio's decides when the coroutine goes on.
 
 Cancellation: trio calls :meth:`Hosted._abort` for a parked task. A coroutine that is blocked in the engine is
 taken out of its queue and gets ``Cancelled`` thrown; one that is running or about to run is not touched, and is
 offered to trio again (``recheck``) as soon as it blocks.
+
+All code of the simulation runs as such steps, one at a time, while trio has nothing scheduled. So no task that is
+on its way through trio can be rescheduled by another, which trio does not allow.
 """
 
 from __future__ import annotations
@@ -77,6 +81,7 @@ class Hosted:
     """Stands in for a trio task's coroutine; also the engine's record of the task."""
 
     __slots__ = (
+        "_abort_primitive",
         "_park",
         "_trap",
         "coro",
@@ -112,9 +117,13 @@ class Hosted:
         """What the coroutine is blocked on in the engine; None while it runs or is about to."""
         self.nested: list[tuple[Any, Nested]] = []
         self.in_trio = False
+        """It waits for a trio primitive."""
         self.recheck = False
+        """A cancellation was requested when it could not be delivered."""
         self.done = False
         self._trap: Any = None
+        """What trio gets when it steps the task next."""
+        self._abort_primitive: Any = None
         wait = trio.lowlevel.wait_task_rescheduled(self._abort)
         self._park = wait.send(None)
         wait.close()
@@ -131,9 +140,8 @@ class Hosted:
             if isinstance(trap, BaseException):
                 self.done = True
                 raise trap
-            if trap is self._park:
-                self.recheck = False
-            else:
+            self.recheck = False
+            if trap is not self._park:
                 self.in_trio = True
                 self.waits = None
             return trap
@@ -169,11 +177,24 @@ class Hosted:
         return self.coro.cr_await
 
     @property
+    def cr_running(self) -> bool:
+        """Whether the coroutine is being stepped (``inspect.getcoroutinestate``, which ``trio.Lock`` asks)."""
+        return self.coro.cr_running  # type: ignore[no-any-return]
+
+    @property
+    def cr_suspended(self) -> bool:
+        """Whether the coroutine waits."""
+        return self.coro.cr_suspended  # type: ignore[no-any-return]
+
+    @property
     def cr_code(self) -> types.CodeType:
         """The code of the coroutine."""
         return self.coro.cr_code  # type: ignore[no-any-return]
 
     def _abort(self, raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
+        if self.in_trio:
+            result: trio.lowlevel.Abort = self._abort_primitive(raise_cancel)
+            return result
         if self.waits is None or self.engine.current is self:
             self.recheck = True
             return trio.lowlevel.Abort.FAILED
@@ -202,10 +223,14 @@ class Hosted:
         """
         if self.nested or type(trap) is Nested:
             trap = self.run(self._settle, trap)
-        if trap is not None:
-            self._hand_over(trap)
-        elif self.recheck:
+        if trap is None:
             self._hand_over(self._park)
+        elif type(trap) is type(self._park) and not self.recheck:
+            self.in_trio = True
+            self.waits = None
+            self._abort_primitive = trap.abort_func
+        else:
+            self._hand_over(trap)
 
     def _throw(self, error: BaseException) -> Any:
         """Stands in for ``resume`` once: raise ``error`` in the outermost coroutine."""
@@ -249,4 +274,6 @@ class Hosted:
     def _hand_over(self, trap: Any, value: outcome.Outcome[Any] = _NOTHING) -> None:
         """Let trio see ``trap``: one of its own, the park, the end of the task, or a request to step."""
         self._trap = trap
+        data = self.task.custom_sleep_data  # a primitive may have left it for whoever wakes the task
         trio.lowlevel.reschedule(self.task, value)
+        self.task.custom_sleep_data = data
