@@ -42,6 +42,7 @@ Op = dict[str, Any]
 COMMAND_GPA, RESULT_GPA = 0x1000_0000, 0x1000_0018
 """Where the guest of the recordings asks for its next command, and leaves the result."""
 
+_ZERO_PAGE = bytes(4096)
 _NONZERO = re.compile(rb"[^\0]")
 
 
@@ -433,7 +434,12 @@ _OPS: dict[str, Callable[[Replayer, Op], tuple[Any, Any]]] = {
 def nonzero_runs(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Runs of 8-byte units that are not all zero, with their offsets."""
     at, zero = 0, bytes(8)
-    while (found := _NONZERO.search(data, at)) is not None:
+    while True:
+        while data[at : at + 4096] == _ZERO_PAGE:
+            at += 4096
+        found = _NONZERO.search(data, at)
+        if found is None:
+            return
         start = at = found.start() & ~7
         while at < len(data) and data[at : at + 8] != zero:
             at += 8
