@@ -6,7 +6,6 @@ System registers go by their Arm names: the ICC_* CPU interface of the GIC, ISR_
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from fabric.clock.arch_timer import ArchTimers
@@ -50,40 +49,39 @@ _EOI = frozenset({"ICC_EOIR0_EL1", "ICC_EOIR1_EL1"})
 class Arm64Cpu(Cpu):
     """What an arm64 guest program runs on. ``cpu.mrs(name)``, ``cpu.msr(name, value)``, ``cpu.hvc(...)``."""
 
-    __slots__ = ("_mrs", "_msr", "_write_costs")
+    __slots__ = ("_interface", "_write_costs")
 
     _vcpu: Arm64Vcpu
 
     def __init__(self, vcpu: Arm64Vcpu) -> None:
         super().__init__(vcpu)
-        # The tables bound to this CPU once, at its first run: the interrupt controller is there by then.
-        interface = vcpu.cpu_interface
-        self._mrs: dict[str, Callable[[], int]] = {name: MethodType(read, self) for name, read in _READ.items()}
-        self._msr: dict[str, Callable[[int], None]] = {name: MethodType(write, self) for name, write in _WRITE.items()}
-        if interface is not None:
-            self._mrs |= {name: MethodType(read, interface) for name, read in ICC_READ.items()}
-            self._msr |= {name: MethodType(write, interface) for name, write in ICC_WRITE.items()}
+        self._interface: Any = vcpu.cpu_interface  # there by the first run if it ever is
         costs = vcpu.costs
         priced = {**dict.fromkeys(_TRAPPED, costs.exit_ns), **dict.fromkeys(_EOI, costs.eoi_ns)}
-        self._write_costs = {name: ns for name, ns in priced.items() if ns}
+        self._write_costs = {name: ns for name, ns in priced.items() if ns} or None
 
     async def mrs(self, name: str) -> int:
         """Read system register ``name``. ValueError for a name that is not modelled or not readable."""
-        try:
-            read = self._mrs[name]
-        except KeyError:
-            raise ValueError(_unknown(name, "mrs", self._mrs)) from None
-        return read()
+        read = ICC_READ.get(name)
+        if read is not None and self._interface is not None:
+            return read(self._interface)
+        other = _READ.get(name)
+        if other is None:
+            raise ValueError(_unknown(name, "mrs", {**ICC_READ, **_READ}))
+        return other(self)
 
     async def msr(self, name: str, value: int) -> None:
         """Write system register ``name``; DAIFSet and DAIFClr take their immediate."""
-        try:
-            write = self._msr[name]
-        except KeyError:
-            raise ValueError(_unknown(name, "msr", self._msr)) from None
-        if self._write_costs:
-            await self._spend(self._write_costs.get(name, 0))
-        write(value)
+        if self._write_costs is not None and name in self._write_costs:
+            await self._spend(self._write_costs[name])
+        write = ICC_WRITE.get(name)
+        if write is not None and self._interface is not None:
+            write(self._interface, value)
+            return
+        other = _WRITE.get(name)
+        if other is None:
+            raise ValueError(_unknown(name, "msr", {**ICC_WRITE, **_WRITE}))
+        other(self, value)
 
     async def hvc(self, function: int, *args: int) -> int:
         """A hypercall: PSCI function and arguments (x0 first); the result, negative for an error."""
@@ -101,6 +99,8 @@ class Arm64Cpu(Cpu):
 
 class Arm64Vcpu(Vcpu):
     """An arm64 vCPU: affinity, features and timers besides what every vCPU has."""
+
+    __slots__ = ("features", "timers")
 
     cpu_class = Arm64Cpu
 

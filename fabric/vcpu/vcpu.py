@@ -45,7 +45,41 @@ class Vcpu:
       engine: the simulation it runs in; None outside of one, where everything but running works.
     """
 
-    cpu_class: type[Cpu] = Cpu
+    cpu_class: ClassVar[type[Cpu]] = Cpu
+
+    __slots__ = (
+        "__weakref__",
+        "_completed",
+        "_costs",
+        "_exit",
+        "_guest",
+        "_left_at",
+        "_power",
+        "_program",
+        "_steal_wait",
+        "_task",
+        "_turn",
+        "absent_ns",
+        "cpu_interface",
+        "disturbed",
+        "engine",
+        "has_run",
+        "host",
+        "index",
+        "initialized",
+        "interrupted",
+        "mpidr",
+        "pcpu",
+        "powered_off",
+        "run_area",
+        "run_view",
+        "running",
+        "stolen_ns",
+        "vcpu_id",
+        "vm",
+        "wakeable",
+        "wakeup_ns",
+    )
 
     def __init__(self, vm: VmServices, vcpu_id: int, index: int, engine: Engine | None) -> None:
         self.vm = vm
