@@ -194,6 +194,24 @@ def test_slots_without_a_dirty_log() -> None:
     assert ["ENOENT", "ENOENT", "EINVAL"] == [outcome(machine.vm.dirty_log, n, 1) for n in (0, 1, 0xFFFF)]
 
 
+@pytest.mark.spec("api.cap.manual-dirty-log")
+def test_a_dirty_log_may_be_cleared_apart() -> None:
+    """With manual protection a fetch leaves the bits, and KVM_CLEAR_DIRTY_LOG takes those it names."""
+    machine = Arm(gic=False)
+
+    def enable(options: int) -> Any:
+        cap = uapi.KvmEnableCap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0, (options, 0, 0, 0))
+        return outcome(machine.vm.ioctl, requests.KVM_ENABLE_CAP, cap)
+
+    assert ["EINVAL", "EINVAL", 0] == [enable(options) for options in (2, 4, 3)]
+    machine.vm.set_memory(1, 0x1_0000, 0x1_0000, machine.user.map(0x1_0000), uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    assert (0xFFFF).to_bytes(8, "little") == machine.vm.dirty_log(1, 16)
+    machine.host.values.put(0xFF)
+    machine.vm.ioctl(requests.KVM_CLEAR_DIRTY_LOG, uapi.KvmClearDirtyLog(1, 16, 0, machine.host.values.addr))
+    assert (0xFF00).to_bytes(8, "little") == machine.vm.dirty_log(1, 16)
+    assert "EFAULT" == outcome(machine.vm.ioctl, requests.KVM_CLEAR_DIRTY_LOG, uapi.KvmClearDirtyLog(1, 16, 0, 8))
+
+
 @pytest.mark.spec("api.set-user-memory-region.EEXIST.overlap")
 def test_memory_beyond_the_guests_addresses_is_efault() -> None:
     """arm64 answers EFAULT where others have EINVAL; an overlap is EEXIST."""

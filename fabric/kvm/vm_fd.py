@@ -57,10 +57,25 @@ def get_dirty_log(file: VmFile, slot: int, _pad: int, address: int) -> None:
     file.kvm.user_memory.write(address, bitmap)
 
 
+def clear_dirty_log(file: VmFile, slot: int, num_pages: int, first_page: int, address: int) -> None:
+    """KVM_CLEAR_DIRTY_LOG."""
+    read = file.kvm.user_memory.read
+    file.vm.memory.clear_dirty_log(slot, first_page, num_pages, lambda size: read(address, size))
+
+
 def enable_cap(file: VmFile, cap: uapi.KvmEnableCap) -> None:
     """KVM_ENABLE_CAP of capabilities that all architectures have."""
     if cap.flags:
         raise KvmError(errno.EINVAL, f"flags must be 0, not {cap.flags:#x}")
+    if cap.cap == uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
+        options = cap.args[0]
+        manual = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+        # A log that starts all set makes sense with manual protection only.
+        allowed = manual | (uapi.KVM_DIRTY_LOG_INITIALLY_SET if options & manual else 0)
+        if options & ~allowed:
+            raise KvmError(errno.EINVAL, f"options of the dirty log must be in {allowed:#x}, not {options:#x}")
+        file.vm.memory.log_options = options
+        return
     if cap.cap == uapi.KVM_CAP_HALT_POLL and not cap.args[0] >> 32:
         return  # how long the host polls is not modelled
     raise KvmError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a VM")
@@ -136,6 +151,7 @@ TABLE = (
     Ioctl(requests.KVM_CREATE_VCPU, VALUE, create_vcpu),
     Ioctl(requests.KVM_SET_USER_MEMORY_REGION, uapi.KvmUserspaceMemoryRegion, set_user_memory_region),
     Ioctl(requests.KVM_GET_DIRTY_LOG, Members(uapi.KvmDirtyLog), get_dirty_log),
+    Ioctl(requests.KVM_CLEAR_DIRTY_LOG, Members(uapi.KvmClearDirtyLog), clear_dirty_log),
     Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap),
     Ioctl(requests.KVM_CREATE_DEVICE, POINTER, create_device),
     Ioctl(requests.KVM_SET_GSI_ROUTING, POINTER, set_gsi_routing),
