@@ -139,6 +139,7 @@ class Engine:
         self._spawned = 0
         self._armed = False
         self._rested = False
+        self._slept = False
         self._service: trio.lowlevel.Task | None = None
         self._root: trio.CancelScope | None = None
         self.failure: BaseException | None = None
@@ -333,13 +334,23 @@ class Engine:
             self.wake(hosted, value)
         arrivals.clear()
 
+    def _catch_up(self, deadline_ns: float) -> None:
+        """Something outside woke a task while trio slept: paced time is as late as the wall, before what is next."""
+        if self.ratio:
+            following = min(deadline_ns, self._later[0][0] if self._later else inf)
+            at = min((time.monotonic() - self._wall_start) * self.ratio * 1e9, following - 1)
+            self.now = max(self.now, int(at))
+
     def pump(self, deadline: float) -> float:
         """Run the timeline until trio has to act; returns how long trio may sleep, in wall seconds.
 
         ``deadline`` is the earliest deadline of a cancel scope, in virtual seconds, infinity for none.
         """
         if self._arrivals:
+            if self._slept:
+                self._catch_up(_to_ns(deadline))
             self._take_arrivals()
+        self._slept = False
         if not self._armed:
             return inf
         self._trio_wants_a_turn = False
@@ -428,6 +439,7 @@ class Engine:
         if self.ratio:
             wait = self._wall_start + at / (self.ratio * 1e9) - time.monotonic()
             if wait > 0:
+                self._slept = True
                 return wait
         self.now = int(at)
         return 0 if at == deadline_ns else None  # trio expires its deadline first
@@ -451,6 +463,7 @@ class Engine:
         # One reader is trio's own, which waits for calls from other threads.
         waiting = getattr(io, "tasks_waiting_read", 1) + getattr(io, "tasks_waiting_write", 0)
         if waiting > 1 or active_thread_count() or statistics.run_sync_soon_queue_size:
+            self._slept = True
             return inf
         if self._private is None and not self._rested:
             self._rested = True
@@ -517,14 +530,13 @@ def _describe(task: Hosted) -> str:
     children = [child.name for nursery in task.task.child_nurseries for child in nursery.child_tasks]
     if children:
         return "the tasks of its nursery"
-    primitive, user = "trio", ""
+    primitive, user = "", ""
     for frame, line in task.task.iter_await_frames():
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith("trio."):
-            user = f", called in {frame.f_code.co_qualname} line {line}"
-        elif not frame.f_code.co_name.startswith("_") and not module.endswith("._traps"):
-            primitive = f"trio's {frame.f_code.co_qualname}"
-    return primitive + user
+        if not frame.f_globals.get("__name__", "").startswith("trio."):
+            primitive, user = "", f", called in {frame.f_code.co_qualname} line {line}"
+        elif not primitive and not frame.f_code.co_name.startswith("_"):
+            primitive = f"'s {frame.f_code.co_qualname}"
+    return f"trio{primitive}{user}"
 
 
 def _check_duration(ns: int) -> None:
