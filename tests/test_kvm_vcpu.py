@@ -477,6 +477,32 @@ def test_calls_on_a_vcpu_that_runs() -> None:
     assert ["EINTR", "EBUSY", None, 0x8000_0000] == fabric.run(main)
 
 
+def test_closing_a_vcpu_that_runs() -> None:
+    """Its number is gone at once, and the VM lives until KVM_RUN returns."""
+
+    async def main() -> list[Any]:
+        machine = Arm()
+        vcpu = machine.vcpus[0]
+        vm = machine.inside
+        log: list[Any] = []
+        vm.on_destroy(lambda: log.append(fabric.now()))
+
+        async def guest(cpu: Any) -> None:
+            await cpu.compute(1000)
+            await cpu.store(0x1000, 4, 0)
+
+        vcpu.load(guest)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vcpu.run)
+            await fabric.sleep(500)
+            for one in (machine.vm, machine.gic, vcpu):
+                one.close()
+            log.append(outcome(machine.kvm.mmap, vcpu.fd, 4096))
+        return [*log, machine.kvm.vms]
+
+    assert ["EBADF", 1000, []] == fabric.run(main)
+
+
 def test_a_dead_vm_cannot_run() -> None:
     """EIO from run as from ioctl."""
 

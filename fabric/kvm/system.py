@@ -159,10 +159,9 @@ class Kvm:
             self._real_events.poll()
         if file.vm.dead:
             raise KvmError(errno.EIO, f"{file.vm.name} is dead: it failed before and cannot be used any more")
-        vcpu = file.vcpu
-        if not vcpu.has_run:
+        if not file.vcpu.has_run:
             self.arch.first_run(file)
-        return await vcpu.run()
+        return await file.run()
 
     def eventfd(self, initval: int = 0) -> EventFd:
         """A simulated eventfd: taken wherever one is, and no system call to signal it."""

@@ -230,7 +230,7 @@ class VmFile(VmPart):
 class VcpuFile(VmPart):
     """A vCPU fd. ``part`` is what the architecture keeps for the vCPU."""
 
-    __slots__ = ("part", "vcpu")
+    __slots__ = ("closing", "part", "vcpu")
 
     kind = "vCPU"
 
@@ -238,6 +238,22 @@ class VcpuFile(VmPart):
         super().__init__(kvm, handlers, vm)
         self.vcpu = vcpu
         self.part = part
+        self.closing = False
+        """Closed while KVM_RUN is under way, which keeps the file to its end."""
+
+    def close(self) -> None:
+        """The number is gone; the rest goes when no KVM_RUN is under way any more."""
+        self.closing = self.vcpu.running
+        if not self.closing:
+            super().close()
+
+    async def run(self) -> int:
+        """KVM_RUN after its first-run checks."""
+        try:
+            return await self.vcpu.run()
+        finally:
+            if self.closing:
+                self.close()
 
     @property
     def unknown_request(self) -> int:  # type: ignore[override]
