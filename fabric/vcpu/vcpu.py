@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import types
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from fabric.clock import Priority
 from fabric.clock.hosted import Nested
