@@ -97,6 +97,8 @@ class Gicv3Driver:
         self._command_slots = 0
         self._writer = 0
         self._queue_locked = False
+        self._frames: dict[int, int] = {}
+        """Redistributor frames by affinity."""
         self._redistributor = [0] * cpus
         self._frequency = 0
         self._timer_handlers: list[Handler | None] = [None] * cpus
@@ -154,13 +156,20 @@ class Gicv3Driver:
 
     async def _find_redistributor(self, cpu: Any, mpidr: int) -> int:
         affinity = (mpidr >> 32 & 0xFF) << 24 | mpidr & 0xFF_FFFF
+        if not self._frames:
+            await self._walk_redistributors(cpu)
+        frame = self._frames.get(affinity)
+        if frame is None:
+            raise RuntimeError(f"no redistributor has the affinity {affinity:#x} of CPU {cpu.number}")
+        return frame
+
+    async def _walk_redistributors(self, cpu: Any) -> None:
         frame = self.layout.redistributors
         while True:
             typer = await cpu.load(frame + GICR_TYPER, 8)
-            if typer >> 32 == affinity:
-                return frame
+            self._frames[typer >> 32] = frame
             if typer & GICR_TYPER_LAST:
-                raise RuntimeError(f"no redistributor has the affinity {affinity:#x} of CPU {cpu.number}")
+                return
             frame += GICR_FRAME
 
     async def _start_lpis(self, cpu: Any, frame: int, its: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import lru_cache
 from itertools import count
 from typing import Literal
 
@@ -150,7 +151,8 @@ def scale(of: Iterable[Arrival], factor: Fraction | int) -> list[Arrival]:
     exact = Fraction(factor)
     if exact <= 0:
         raise ValueError(f"the factor must be > 0, not {factor}")
-    return [attrs.evolve(arrival, at_ns=arrival.at_ns * exact.numerator // exact.denominator) for arrival in of]
+    numerator, denominator = exact.as_integer_ratio()
+    return [_moved(one, one.at_ns * numerator // denominator, one.cpu, one.sender) for one in of]
 
 
 def spread(of: Iterable[Arrival], vcpus: int, by: Literal["turn", "source"] = "turn") -> list[Arrival]:
@@ -186,8 +188,12 @@ def spread(of: Iterable[Arrival], vcpus: int, by: Literal["turn", "source"] = "t
         if arrival.sender >= 0:
             from_ = share[number[arrival.sender]]
             sender = from_[turn % len(from_)]
-        result.append(attrs.evolve(arrival, cpu=to[turn % len(to)], sender=sender))
+        result.append(_moved(arrival, arrival.at_ns, to[turn % len(to)], sender))
     return result
+
+
+def _moved(arrival: Arrival, at_ns: int, cpu: int, sender: int) -> Arrival:
+    return Arrival(at_ns, cpu, arrival.kind, arrival.source, arrival.vector, sender, arrival.duration_ns)
 
 
 class _LastSeen:
@@ -265,6 +271,7 @@ def _of_kernel(events: list[TraceEvent]) -> list[Arrival]:
     return found
 
 
+@lru_cache(maxsize=4096)
 def _kind_of_irq(name: str) -> str:
     if _TIMER_NAME.fullmatch(name):
         return TIMER

@@ -84,7 +84,8 @@ class Machine:
         self.stopped: str | None = None
         """Why the guest ended: ``"shutdown"``, ``"reset"``, or None while it runs."""
         self._scratch = self.user.map(4096)
-        self._routes: dict[int, MsiMessage] = {}
+        self._routes = 0
+        self._route_entries = bytearray()
         self.system_fd = self.kvm.open()
         self.vm_fd = self.kvm.ioctl(self.system_fd, ioctl.KVM_CREATE_VM, self.machine_type())
         self._ram = self.user.map(memory_bytes)
@@ -179,27 +180,23 @@ class Machine:
 
     def interrupt(self, message: MsiMessage) -> EventFd:
         """An eventfd that raises ``message``: a GSI route and an irqfd (KVM_SET_GSI_ROUTING, KVM_IRQFD)."""
-        gsi = self.first_msi_gsi + len(self._routes)
-        self._routes[gsi] = message
-        self._set_routes()
+        gsi = self.first_msi_gsi + self._routes
+        msi = KvmIrqRoutingMsi(
+            address_lo=message.address & 0xFFFF_FFFF,
+            address_hi=message.address >> 32,
+            data=message.data,
+            devid=message.devid,
+        )
+        entry = KvmIrqRoutingEntry(
+            gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=KVM_MSI_VALID_DEVID, u=msi.pack().ljust(32, b"\0")
+        )
+        self._routes += 1
+        self._route_entries += entry.pack()
+        table = bytearray(KvmIrqRouting(nr=self._routes).pack()) + self._route_entries
+        self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_GSI_ROUTING, table)
         event = self.kvm.eventfd()
         self.kvm.ioctl(self.vm_fd, ioctl.KVM_IRQFD, bytearray(KvmIrqfd(fd=int(event), gsi=gsi).pack()))
         return event
-
-    def _set_routes(self) -> None:
-        table = bytearray(KvmIrqRouting(nr=len(self._routes)).pack())
-        for gsi, message in self._routes.items():
-            msi = KvmIrqRoutingMsi(
-                address_lo=message.address & 0xFFFF_FFFF,
-                address_hi=message.address >> 32,
-                data=message.data,
-                devid=message.devid,
-            )
-            entry = KvmIrqRoutingEntry(
-                gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=KVM_MSI_VALID_DEVID, u=msi.pack().ljust(32, b"\0")
-            )
-            table += entry.pack()
-        self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_GSI_ROUTING, table)
 
     # Looking inside, as no real VMM could.
 
