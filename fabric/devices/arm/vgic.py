@@ -156,7 +156,7 @@ class Vgic:
     # -- becoming pending ----------------------------------------------------------------------------------
 
     def pend_edge(self, irq: VgicIrq) -> None:
-        """An edge: latch ``irq`` pending and queue it at its target. The hot path of MSIs and SGIs."""
+        """An edge: latch ``irq``, which is edge-triggered, and queue it. The hot path of MSIs and SGIs."""
         self.ledger.raised += 1
         if irq.pending:
             self._coalesce(irq)
@@ -202,6 +202,14 @@ class Vgic:
             if not was_high:
                 self.settle(irq)
 
+    def set_pending(self, irq: VgicIrq) -> None:
+        """A write to ISPENDR: latch ``irq``, whatever its trigger."""
+        self.ledger.raised += 1
+        if irq.pending:
+            self._coalesce(irq)
+        else:
+            self._pend(irq)
+
     def _lower(self, irq: WiredIrq) -> None:
         if not irq.line:
             return
@@ -209,7 +217,7 @@ class Vgic:
         irq.line = False
         if was_open and not irq.open:
             self.drop(irq, "line lowered")
-        self.settle(irq)
+        self.settle(irq, event=False)
 
     def _pend(self, irq: VgicIrq) -> None:
         """Latch an interrupt that is not latched, once it has been counted as raised."""
@@ -238,7 +246,7 @@ class Vgic:
         irq.pending = False
         if was_open and not irq.open:
             self.drop(irq, reason)
-        self.settle(irq)
+        self.settle(irq, event=False)
 
     def set_latch(self, irq: VgicIrq, on: bool, reason: str) -> None:
         """Store the pending latch as it was saved; one that is cleared is dropped for ``reason``."""
@@ -261,7 +269,7 @@ class Vgic:
             self._note_pending(irq)
         elif was_open and not irq.open:
             self.drop(irq, "line lowered")
-        self.settle(irq)
+        self.settle(irq, event=level)
 
     def drop(self, irq: VgicIrq, reason: str) -> None:
         """Account for an interrupt that is thrown away."""
@@ -275,8 +283,11 @@ class Vgic:
 
     # -- changes of configuration ---------------------------------------------------------------------------
 
-    def settle(self, irq: VgicIrq) -> None:
-        """Queue ``irq`` where its state says, or take it off; called after any change of it."""
+    def settle(self, irq: VgicIrq, *, event: bool = True) -> None:
+        """Queue ``irq`` where its state says, or take it off; called after any change of it.
+
+        Not every change is an ``event`` that has KVM queue what was not queued before.
+        """
         cpu = irq.target
         entry = irq.entry
         if irq.active:
@@ -292,7 +303,7 @@ class Vgic:
                     where.tidy()
                 return
             where.leave(entry)
-        if wanted and cpu is not None and cpu.forwarding:
+        if wanted and cpu is not None and cpu.forwarding and (event or entry is not None):
             cpu.push(irq)
 
     def set_enabled(self, irq: VgicIrq, enabled: bool) -> None:
@@ -303,17 +314,17 @@ class Vgic:
     def set_priority(self, irq: VgicIrq, priority: int) -> None:
         """Change the priority; a queued interrupt keeps its place among equals."""
         irq.priority = priority & PRIORITY_MASK
-        self.settle(irq)
+        self.settle(irq, event=False)
 
     def set_group(self, irq: VgicIrq, group: int) -> None:
         """Move an interrupt to group 0 or 1."""
-        if irq.group == group:
-            return
-        irq.group = group
         entry = irq.entry
-        if entry is not None and not irq.active:
-            entry[3].push(irq, entry[1])
-            entry[3].tidy()
+        if irq.group != group:
+            irq.group = group
+            if entry is not None and not irq.active:
+                entry[3].push(irq, entry[1])
+                entry[3].tidy()
+        self.settle(irq)
 
     def set_edge(self, irq: WiredIrq, edge: bool) -> None:
         """Change the trigger; a line that is high counts from now on, or no longer."""
@@ -326,12 +337,12 @@ class Vgic:
             self._note_pending(irq)
         elif was_open and not irq.open:
             self.drop(irq, "made edge-triggered")
-        self.settle(irq)
+        self.settle(irq, event=False)
 
     def retarget(self, irq: VgicIrq, target: VgicCpu | None) -> None:
         """Send ``irq`` to another vCPU, pending state included; an active one moves when it has ended."""
         irq.target = target
-        self.settle(irq)
+        self.settle(irq, event=False)
 
     # -- active state ----------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def _asserted(_owner: Any, irq: VgicIrq) -> int:
 
 
 def _pend(owner: Any, irq: VgicIrq, _value: int) -> None:
-    owner.vgic.pend_edge(irq)
+    owner.vgic.set_pending(irq)
 
 
 def _unpend(owner: Any, irq: VgicIrq, _value: int) -> None:
