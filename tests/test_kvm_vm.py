@@ -7,7 +7,7 @@ import mmap
 from typing import Any
 
 import pytest
-from kvm_machine import Arm, outcome
+from kvm_machine import DOORBELL, Arm, outcome
 
 from fabric.kvm import Kvm
 from fabric.kvm.typed import Host
@@ -314,7 +314,45 @@ def test_any_level_but_zero_is_high() -> None:
     assert 1 << 8 == machine.lines()
 
 
+@pytest.mark.spec(
+    "api.irq-line-status.EFAULT.struct",
+    "api.irq-line-status.EINVAL.arm-id",
+    "api.irq-line-status.EINVAL.arm-type",
+    "api.irq-line-status.EINVAL.arm-vcpu",
+    "api.irq-line-status.ENXIO.no-irqchip",
+    "api.irq-line-status.EBUSY.arm-v3-uninit",
+)
+def test_the_status_variant_has_the_same_errors() -> None:
+    """One decoding for both calls."""
+
+    def call(machine: Arm, irq: int) -> Any:
+        return outcome(machine.vm.ioctl, requests.KVM_IRQ_LINE_STATUS, uapi.KvmIrqLevel(irq, 1))
+
+    ready = Arm()
+    numbers = [arm.irq_line(SPI, 31), arm.irq_line(3, 40), arm.irq_line(PPI, 20, 7)]
+    assert ["EINVAL"] * 3 == [call(ready, irq) for irq in numbers]
+    assert "EFAULT" == outcome(ready.vm.ioctl, requests.KVM_IRQ_LINE_STATUS, bytearray(7))
+    assert "ENXIO" == call(Arm(gic=False), arm.irq_line(SPI, 40))
+    assert "EBUSY" == call(Arm(init=False), arm.irq_line(SPI, 40))
+
+
 # -- KVM_SIGNAL_MSI
+
+
+@pytest.mark.spec("api.signal-msi.EBUSY.arm-disabled", "api.signal-msi.EINVAL.arm-no-devid")
+def test_what_becomes_of_a_message() -> None:
+    """1 delivered, 0 not mapped; EINVAL without a device id or outside the frame, EBUSY with the ITS disabled."""
+    machine = Arm(memory=True)
+    machine.add_its()
+    signal = machine.vm.signal_msi
+    answers = [
+        outcome(signal, *message) for message in ((DOORBELL, 0), (0x5000, 0, 8), (DOORBELL, 0, 8), (DOORBELL, 9, 8))
+    ]
+    machine.its.set_attr(arm.KVM_DEV_ARM_VGIC_GRP_ITS_REGS, 0, 0)
+
+    assert ["EINVAL", "EINVAL", 1, 0] == answers
+    assert "EBUSY" == outcome(signal, DOORBELL, 0, 8)
+    machine.kvm.check()
 
 
 @pytest.mark.spec("api.signal-msi.EINVAL.no-irqchip", "api.signal-msi.EINVAL.flags", "api.signal-msi.ENODEV.arm-no-its")
