@@ -51,7 +51,7 @@ def _set_pmu_irq(part: ArmVcpuPart, _attr: int, ptr: Pointer) -> None:
     if not arm.VGIC_NR_SGIS <= intid <= arm.VGIC_MAX_SPI:
         raise KvmError(errno.EINVAL, f"the PMU interrupt must be a PPI or an SPI, not {intid}")
     # A PPI must be that of all vCPUs that have one, an SPI that of none, this vCPU included: so the same SPI
-    # again is EINVAL and another one EBUSY.
+    # again is EINVAL and another one EBUSY. An SPI beside another vCPU's PPI passes, though the text wants one kind.
     for other in part.shared.vcpus:
         if other.pmu_irq is not None and (other.pmu_irq == intid) != _is_ppi(intid):
             raise KvmError(errno.EINVAL, f"interrupt {intid} does not go with {other.pmu_irq} of another vCPU")
