@@ -1,0 +1,433 @@
+"""Running scenarios: loads, costs, physical CPUs, faults, replays; the same every time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from fabric.errors import ConfigError, LedgerError
+from fabric.guest.workload import Load
+from fabric.scenario.ftrace import parse_trace
+from fabric.scenario.load import make_scenario
+from fabric.scenario.model import Scenario
+from fabric.scenario.result import RunResult
+from fabric.scenario.run import Run, execute
+from fabric.scenario.setup import set_up
+
+MS = 1_000_000
+FREE = dict.fromkeys(
+    ("exit_ns", "userspace_exit_ns", "injection_ns", "eoi_ns", "wakeup_ns", "context_switch_ns", "wire_ns"), 0
+)
+"""A host that costs nothing."""
+
+BLOCK = {"name": "disk", "queues": 2, "iops": 20_000}
+
+
+def scenario(**document: Any) -> Scenario:
+    return make_scenario({"vcpus": 2, "duration_ns": 10 * MS, **document})
+
+
+def run(**document: Any) -> RunResult:
+    return execute(scenario(**document))
+
+
+def problems(**document: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        run(**document)
+    return caught.value.problems
+
+
+# Loads
+
+
+def test_a_block_device_interrupts_for_every_request() -> None:
+    """Requests go out by doorbell, completions come back as interrupts."""
+    result = run(block=[{**BLOCK, "arrivals": "constant", "service_ns": 1000}])
+
+    counted = result.workload["block"]["disk"]
+    assert 180 <= counted["requests"] <= 200  # a queue's interval begins when it has submitted
+    assert counted["requests"] - 2 <= counted["completions"] <= counted["requests"]
+    assert counted["completions"] == sum(result.statistics.sources[f"disk.{queue}"].pended for queue in range(2))
+
+
+def test_a_network_device_gathers_packets() -> None:
+    """With coalesce_packets = 4 there is an interrupt for every fourth packet."""
+    network = {"queues": 1, "rx_per_s": 100_000, "arrivals": "constant", "coalesce_packets": 4, "coalesce_ns": MS}
+
+    result = run(network=[network])
+
+    packets = result.workload["network"]["net"]["packets"]
+    assert 999 <= packets <= 1001  # they began to come before the guest was up
+    assert packets // 4 == result.statistics.sources["net.0"].pended
+
+
+def test_ticks_come_on_every_vcpu() -> None:
+    """1000 Hz on 2 vCPUs; a tick comes with the first step of the counter after its time."""
+    result = run(tick={"hz": 1000}, costs=FREE, duration_ns=10 * MS + 16)
+
+    assert {"ticks": 20} == result.workload["tick"]
+
+
+def test_vcpus_interrupt_each_other() -> None:
+    """IPIs go to another vCPU, and each is accounted for."""
+    result = run(ipi={"per_s": 10_000}, vcpus=4)
+
+    sent = result.workload["ipi"]["sent"]
+    assert 300 <= sent <= 500
+    passage = result.statistics.sources["IPI"]
+    assert sent + 3 == passage.pended + passage.coalesced  # and three of the boot
+
+
+def test_an_idle_machine_has_no_workload_counters() -> None:
+    """A statistic that was never touched is absent, not 0."""
+    assert {} == run().workload
+
+
+def test_a_busy_guest_is_interrupted_without_being_woken() -> None:
+    """An interrupt costs a computing vCPU the injection only, a halted one the wakeup as well."""
+    load: dict[str, Any] = {"block": [BLOCK], "vcpus": 1}
+
+    busy = run(**load, guest={"busy_percent": 100})
+    idle = run(**load)
+
+    assert 1059 == busy.statistics.total.stages["pending_acknowledged"].min
+    assert 3000 + 1059 == idle.statistics.total.stages["pending_acknowledged"].percentile(50)
+
+
+# Host
+
+
+def test_without_costs_an_idle_vcpu_takes_interrupts_at_once() -> None:
+    """The traffic alone: what remains is the time in handlers."""
+    stages = run(tick={"hz": 1000, "handler_ns": 700}, costs=FREE).statistics.sources["timer"].stages
+
+    assert 0 == stages["pending_acknowledged"].max
+    assert 700 == stages["acknowledged_eoi"].min == stages["acknowledged_eoi"].max
+
+
+def test_the_wire_delays_messages() -> None:
+    """costs.wire_ns is the time from a device's raise to the interrupt being pending."""
+    stages = run(block=[BLOCK], costs={**FREE, "wire_ns": 333}).statistics.sources["disk.0"].stages
+
+    assert 333 == stages["raised_pending"].min == stages["raised_pending"].max
+
+
+def test_fewer_physical_cpus_steal_time() -> None:
+    """Two computing vCPUs on one physical CPU get half of it each."""
+    result = run(pcpus=1, slice_ns=MS, guest={"busy_percent": 100}, costs=FREE)
+
+    stolen = [vcpu.stolen_ns for vcpu in result.vcpus]
+    assert 10 * MS == pytest.approx(sum(stolen), rel=0.01)
+    assert 0.4 < stolen[0] / sum(stolen) < 0.6
+
+
+def test_enough_physical_cpus_steal_nothing() -> None:
+    """More physical CPUs than vCPUs are as good as one for each."""
+    result = run(pcpus=8, guest={"busy_percent": 100})
+
+    assert [0, 0] == [vcpu.stolen_ns for vcpu in result.vcpus]
+
+
+# The same every time
+
+
+MIXED: dict[str, Any] = {
+    "block": [BLOCK],
+    "network": [{"queues": 2}],
+    "tick": {"hz": 1000},
+    "ipi": {"per_s": 5000},
+    "costs": FREE,
+}
+
+
+def test_a_run_is_a_function_of_scenario_and_seed() -> None:
+    """Run twice, it gives the same in every detail; another seed gives something else."""
+    first, second, other = (json.dumps(execute(scenario(**MIXED), seed).to_dict(buckets=True)) for seed in (3, 3, 4))
+
+    assert first == second
+    assert first != other
+
+
+def test_the_seed_of_the_call_wins() -> None:
+    """The result says which seed it was."""
+    assert 7 == execute(scenario(seed=3), 7).scenario.seed
+
+
+def test_explored_ties_are_another_order_with_the_same_numbers() -> None:
+    """explore_ties says whether the seed decides the order within an instant; absent, any seed but 0 does."""
+    events = {
+        explore: _events(scenario(**MIXED, seed=5, **({} if explore is None else {"explore_ties": explore})))
+        for explore in (None, True, False)
+    }
+
+    assert events[None] == events[True]
+    assert events[True] != events[False]
+
+
+def _events(of: Scenario) -> list[str]:
+    run = Run(attrs.evolve(of, trace=attrs.evolve(of.trace, last=100_000)))
+    run.execute()
+    return run.last_events()
+
+
+# Faults
+
+
+MSI = "vm0.msi"
+
+
+def faulty(**fault: Any) -> RunResult:
+    block = {**BLOCK, "queues": 1, "service_ns": 1000}
+    return run(block=[block], fault=[{"channel": MSI, **fault}], costs=FREE, vcpus=1)
+
+
+def test_dropped_messages_are_in_the_ledger() -> None:
+    """Every second message is lost, and said to be."""
+    result = faulty(kind="drop", probability=0.5)
+
+    assert 60 < result.ledger.dropped["injected fault"] < 140
+    assert result.ledger.dropped["injected fault"] == result.channels[0].faults["drop"]
+
+
+def test_a_fault_hits_so_often_and_no_more() -> None:
+    """count bounds it."""
+    assert {"injected fault": 3} == faulty(kind="drop", count=3).ledger.dropped
+
+
+def test_a_fault_lasts_from_and_until() -> None:
+    """Times count from when the guest is up."""
+    whole, half = faulty(kind="drop"), faulty(kind="drop", from_ns=2 * MS, until_ns=7 * MS)
+
+    assert 0.5 == pytest.approx(half.ledger.dropped["injected fault"] / whole.ledger.raised, abs=0.1)
+
+
+def test_duplicated_messages_merge_or_come_twice() -> None:
+    """Each message counts twice."""
+    result = faulty(kind="duplicate")
+
+    assert 2 * result.workload["block"]["disk"]["completions"] <= result.ledger.raised + 2
+    assert result.ledger.coalesced > 0
+
+
+def test_delayed_messages_arrive_late() -> None:
+    """The latency from raise to pending is the delay."""
+    stages = faulty(kind="delay", delay_ns=444).statistics.total.stages
+
+    assert 444 == stages["raised_pending"].max
+
+
+def test_a_failing_channel_loses_messages_without_a_word_to_the_device() -> None:
+    """An irqfd has nobody to report to: the device goes on."""
+    result = faulty(kind="fail", errno="EAGAIN", count=5)
+
+    assert {"injected failure": 5} == result.ledger.dropped
+
+
+def test_held_messages_come_when_released() -> None:
+    """They merge, and none is lost."""
+    result = faulty(kind="hold", from_ns=MS, until_ns=9 * MS)
+
+    assert result.ledger.coalesced > 100
+    assert 8 * MS > result.statistics.total.stages["raised_pending"].max > 7 * MS  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", ["hold", "drop", "duplicate", "delay", "fail"])
+def test_doorbells_can_be_disturbed(kind: str) -> None:
+    """A lost doorbell delays requests, and breaks nothing."""
+    extra = {"delay_ns": 10} if kind == "delay" else {}
+    fault = {"channel": "vm0.mmio-doorbell", "kind": kind, "from_ns": MS, **extra}
+
+    result = run(block=[BLOCK], fault=[fault])
+
+    assert result.ledger.balanced
+
+
+def test_an_unknown_channel_is_refused_with_the_nearest_name() -> None:
+    """All of them at once."""
+    faults = [{"channel": "vm0.msis"}, {"channel": "vm0.lines"}]
+
+    found = problems(fault=faults)
+
+    assert (
+        "fault[0].channel: must be one of vm0.line, vm0.mmio-doorbell, vm0.msi, not 'vm0.msis'; did you mean vm0.msi?"
+        == (found[0])
+    )
+    assert found[1].endswith("did you mean vm0.line?")
+
+
+def test_the_result_names_the_channels() -> None:
+    """So that one knows what a fault can be put on."""
+    assert ["vm0.line", "vm0.mmio-doorbell", "vm0.msi"] == sorted(run().to_dict()["channels"])
+
+
+# Replay
+
+
+TRACE = Path(__file__).parent.parent / "examples" / "virtio-blk-2cpu-short.txt.gz"
+
+
+def replayed(**document: Any) -> RunResult:
+    return run(duration_ns=0, replay={"trace": str(TRACE)}, **document)
+
+
+def test_everything_recorded_is_raised_and_handled() -> None:
+    """The ledger has the recording, and the IPI that started the second vCPU's loads; nothing is left."""
+    result = replayed()
+
+    assert result.replay is not None
+    assert result.replay.count + 1 == result.ledger.raised
+    assert 0 == result.ledger.pending
+    assert {} == result.ledger.dropped
+    assert result.ledger.delivered == result.statistics.total.stages["raised_eoi"].count
+
+
+def test_each_source_has_the_interrupts_it_had() -> None:
+    """Merged ones included."""
+    result = replayed(vcpus=4)
+
+    assert result.replay is not None
+    for device in result.replay.devices:
+        passage = result.statistics.sources[device.name]
+        assert len(device.arrivals) == passage.pended + passage.coalesced
+    for ipis in result.replay.ipis:
+        passage = result.statistics.sources[ipis.label]
+        assert ipis.count == passage.pended + passage.coalesced
+
+
+def test_a_guest_that_cannot_keep_up_works_it_off() -> None:
+    """A thousand times too fast for one vCPU: the run goes on until all is handled."""
+    result = run(vcpus=1, duration_ns=0, replay={"trace": str(TRACE), "scale": "1/1000"})
+
+    assert result.replay is not None
+    assert result.end_ns - result.start_ns > 3 * result.replay.last_ns
+    assert 0 == result.ledger.pending
+    assert result.ledger.coalesced > 1000
+
+
+def test_a_replay_ends_although_a_fault_keeps_interrupts() -> None:
+    """Held for good, they are pending at the end."""
+    result = replayed(fault=[{"channel": MSI, "kind": "hold"}])
+
+    assert result.replay is not None
+    assert sum(len(device.arrivals) for device in result.replay.devices) == result.ledger.pending
+
+
+def test_a_replay_waits_for_what_is_released_late() -> None:
+    """A hold that ends after the recording is waited for."""
+    result = replayed(fault=[{"channel": MSI, "kind": "hold", "until_ns": 5_000 * MS}])
+
+    assert 0 == result.ledger.pending
+    assert result.end_ns > 5_000 * MS
+
+
+def test_with_a_duration_the_replay_is_cut_off() -> None:
+    """duration_ns counts if it is given."""
+    result = run(duration_ns=100 * MS, replay={"trace": str(TRACE)})
+
+    assert result.start_ns + 100 * MS == result.end_ns
+    assert result.replay is not None
+    assert result.ledger.raised < result.replay.count
+
+
+def test_a_trace_runs_beside_other_loads() -> None:
+    """Block requests while the trace is played."""
+    result = replayed(block=[BLOCK], ipi={"per_s": 100})
+
+    assert {"block", "ipi", "replay"} == set(result.workload)
+    assert result.replay is not None
+    assert result.replay.count == sum(result.workload["replay"].values())
+
+
+# What the schema cannot know
+
+
+def test_ticks_of_trace_and_scenario_exclude_each_other() -> None:
+    """A vCPU has one timer."""
+    assert ["tick.hz: must be 0, as the trace brings the ticks of its timers, and a vCPU has one timer"] == problems(
+        duration_ns=0, replay={"trace": str(TRACE)}, tick={"hz": 100}
+    )
+
+
+def test_tables_must_fit_into_memory() -> None:
+    """A small guest cannot have many vCPUs."""
+    (problem,) = problems(vcpus=512, memory_bytes=1 << 24)
+
+    assert problem == "memory_bytes: must be >= 38797312 for 512 vCPUs, not 16777216"
+
+
+def test_vectors_must_fit_into_the_route_table() -> None:
+    """All mistakes at once, here this one and the memory."""
+    found = problems(block=[{"queues": 2048}], network=[{"queues": 2049 - 1}, {"name": "b"}], memory_bytes=1 << 24)
+
+    assert any("have 4097 vectors together, and a machine has 4096" in problem for problem in found)
+
+
+def test_the_board_must_exist() -> None:
+    """With the nearest name."""
+    assert ["board: must be one of arm64-gicv3, not 'arm64-gicv4'; did you mean arm64-gicv3?"] == problems(
+        board="arm64-gicv4"
+    )
+
+
+def test_a_trace_that_was_read_already_is_not_read_again() -> None:
+    """``trace=`` stands for the scenario's file."""
+    trace = parse_trace(" task-1 [000] d.h.. 1.000001: irq_handler_entry: irq=3 name=x\n")
+
+    result = execute(scenario(duration_ns=0, replay={"trace": "nowhere"}), trace=trace)
+
+    assert 1 == result.statistics.sources["x"].pended
+
+
+# Failure
+
+
+class _Breaks(Load):
+    """A load whose driver has a bug."""
+
+    async def set_up(self, guest: Any, cpu: Any) -> None:
+        raise ZeroDivisionError("the driver has a bug")
+
+
+def test_the_exception_of_a_guest_comes_out_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No group around it, so that it can be caught by its name."""
+
+    def broken(*arguments: Any) -> Any:
+        setup = set_up(*arguments)
+        setup.guest.loads.append(_Breaks())  # type: ignore[attr-defined]
+        return setup
+
+    monkeypatch.setattr("fabric.scenario.run.set_up", broken)
+
+    with pytest.raises(ZeroDivisionError, match="the driver has a bug"):
+        run()
+
+
+def test_a_ledger_that_does_not_balance_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loudly, with what is missing; the last events tell what happened before."""
+
+    def leaking(*arguments: Any) -> Any:
+        setup = set_up(*arguments)
+        setup.machine.vm.ledger.raised += 1
+        return setup
+
+    monkeypatch.setattr("fabric.scenario.run.set_up", leaking)
+    failing = Run(scenario(tick={"hz": 1000}, trace={"last": 10}))
+
+    with pytest.raises(LedgerError, match="1 lost"):
+        failing.execute()
+    assert 10 == len(failing.last_events())
+    assert {"at", "event", "cpu", "intid"} <= json.loads(failing.last_events()[-1]).keys()
+
+
+def test_progress_goes_from_nothing_to_all() -> None:
+    """It is virtual time over the time that the run will take."""
+    watched = Run(scenario())
+
+    before = watched.progress
+    watched.execute()
+
+    assert (0.0, 1.0) == (before, watched.progress)
