@@ -225,6 +225,31 @@ class Machine:
             for number in range(len(self.vcpu_fds)):
                 nursery.start_soon(self._run_vcpu, number, nursery.cancel_scope, name=f"vcpu{number}")
 
+    async def run_guest(self, guest: Callable[[Any, InterruptDriver], Awaitable[object]]) -> None:
+        """Boot a small guest and run ``await guest(cpu, driver)`` on its CPU 0 until that returns.
+
+        ``driver`` is the board's interrupt driver, brought up on every CPU; interrupts are unmasked. The other CPUs
+        wait for interrupts.
+        """
+        driver = self.driver()
+
+        async def program(cpu: Any) -> None:
+            if cpu.number == 0:
+                await driver.start(cpu)
+            await driver.start_cpu(cpu)
+            cpu.unmask()
+            if cpu.number == 0:
+                for number in range(1, len(self.vcpu_fds)):
+                    await self.start_secondary(cpu, number)
+                await guest(cpu, driver)
+                nursery.cancel_scope.cancel()
+            while True:
+                await cpu.wait_for_interrupt()
+
+        self.load(program)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.run, name=self.name)
+
     async def _run_vcpu(self, number: int, machine: trio.CancelScope) -> None:
         run = self.kvm.run
         fd = self.vcpu_fds[number]
