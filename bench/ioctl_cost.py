@@ -18,10 +18,11 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from scaling import FIRST_LPI, ItsByAttributes
+
 from fabric.uapi import ioctl
 from fabric.uapi.kvm import KVM_MSI_VALID_DEVID, KvmIrqLevel, KvmMsi
 from fabric.vmm.arm64_gicv3 import GITS_BASE
-from scaling import FIRST_LPI, ItsByAttributes
 
 SPI = 40
 ARM_IRQ_TYPE_SPI = 1 << 24

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from statistics import median
 
 import trio
-from storm_peers import EVENT_BITS, EVENTS_PER_DEVICE, GRID_NS, HANDLER_NS, Outcome, Storm, run_heapq, run_simpy
+from storm_peers import EVENTS_PER_DEVICE, GRID_NS, HANDLER_NS, Outcome, Storm, run_heapq, run_simpy
 
 import fabric
 from fabric.clock import Priority, current_engine
@@ -61,23 +61,20 @@ async def _storm(storm: Storm) -> tuple[Outcome, float]:
                 messages = await driver.allocate_msi(cpu, device, vectors)
                 events.append([machine.interrupt(message).signal for message in messages])
             up.set()
-        mrs, msr, compute, wait_for_interrupt = cpu.mrs, cpu.msr, cpu.compute, cpu.wait_for_interrupt
         while True:
-            await wait_for_interrupt()
-            lpi = await mrs("ICC_IAR1_EL1")
+            await cpu.wait_for_interrupt()
+            lpi = await cpu.mrs("ICC_IAR1_EL1")
             latency += engine.now - raised.pop(lpi)
-            await compute(HANDLER_NS)
-            await msr("ICC_EOIR1_EL1", lpi)
+            await cpu.compute(HANDLER_NS)
+            await cpu.msr("ICC_EOIR1_EL1", lpi)
 
     async def device(number: int) -> None:
         engine.set_priority(Priority.DEVICE)
         source = storm.source(number)
-        draw, bits, rate = source.expovariate, source.getrandbits, storm.rate
-        sleep = engine.sleep
         vectors = [(storm.route(number, event)[1], events[number][event]) for event in range(EVENTS_PER_DEVICE)]
         for _ in range(storm.per_device):
-            await sleep(GRID_NS * (1 + int(draw(rate))))
-            lpi, signal = vectors[bits(EVENT_BITS)]
+            await engine.sleep(GRID_NS * (1 + int(source.expovariate(storm.rate))))
+            lpi, signal = vectors[source.randrange(EVENTS_PER_DEVICE)]
             if lpi not in raised:
                 raised[lpi] = engine.now
             signal()

@@ -1,8 +1,8 @@
 """msi-storm in bare SimPy and as a hand-written event loop: what fabric is measured beside.
 
 Neither knows anything of a GIC: a dict takes (device, event) to (vCPU, LPI, priority), another says what is pending
-and since when, a heap per vCPU orders it. They are written as their users would write them for speed, and do the
-same work as fabric's run: the same arrivals drawn from the same sources as they go, the same handler time, the same
+and since when, a heap per vCPU orders it. The SimPy model is written as its users would (a function for each thing
+that happens), the loop for speed, everything inlined; both do the same work as fabric's run: the same arrivals drawn from the same sources as they go, the same handler time, the same
 coalescing, the same sum of latencies.
 """
 
@@ -18,8 +18,7 @@ HANDLER_NS = 2_000
 GRID_NS = 101
 """Arrivals are multiples of this. It is coprime to the handler time, so that no arrival falls on the end of a
 handler: the order of the two is a choice of the model, and would make the engines' outcomes differ."""
-EVENT_BITS = 2
-EVENTS_PER_DEVICE = 1 << EVENT_BITS
+EVENTS_PER_DEVICE = 4
 FIRST_LPI = 8192
 
 
@@ -53,7 +52,7 @@ class Storm:
         return GRID_NS * self.vcpus / (2 * HANDLER_NS * self.devices)
 
     def source(self, device: int) -> random.Random:
-        """Where ``device`` draws its gaps (``GRID_NS * (1 + int(expovariate(rate)))``) and events (``getrandbits``)."""
+        """Where ``device`` draws its gaps (``GRID_NS * (1 + int(expovariate(rate)))``) and events (``randrange``)."""
         return random.Random(f"{self.seed}/{device}")
 
     def route(self, device: int, event: int) -> tuple[int, int, int]:
@@ -77,39 +76,48 @@ def run_simpy(storm: Storm) -> Outcome:
     pending: dict[int, int] = {}
     queues: list[list[tuple[int, int, int]]] = [[] for _ in range(storm.vcpus)]
     idle: list[simpy.Event | None] = [None] * storm.vcpus
+    active: list[int | None] = [None] * storm.vcpus
     delivered = coalesced = latency = sequence = 0
 
-    def device(number):
+    def raise_msi(device, event):
         nonlocal coalesced, sequence
-        timeout = env.timeout
+        vcpu, lpi, priority = routes[device, event]
+        if lpi in pending:
+            coalesced += 1
+            return
+        pending[lpi] = env.now
+        sequence += 1
+        heappush(queues[vcpu], (priority, sequence, lpi))
+        waiter = idle[vcpu]
+        if waiter is not None:
+            idle[vcpu] = None
+            waiter.succeed()
+
+    def acknowledge(vcpu):
+        nonlocal delivered, latency
+        lpi = heappop(queues[vcpu])[2]
+        latency += env.now - pending.pop(lpi)
+        delivered += 1
+        active[vcpu] = lpi
+
+    def end_of_interrupt(vcpu):
+        active[vcpu] = None
+
+    def device(number):
         source = storm.source(number)
-        draw, bits, rate = source.expovariate, source.getrandbits, storm.rate
         for _ in range(storm.per_device):
-            yield timeout(GRID_NS * (1 + int(draw(rate))))
-            vcpu, lpi, priority = routes[number, bits(EVENT_BITS)]
-            if lpi in pending:
-                coalesced += 1
-                continue
-            pending[lpi] = env.now
-            sequence += 1
-            heappush(queues[vcpu], (priority, sequence, lpi))
-            waiter = idle[vcpu]
-            if waiter is not None:
-                idle[vcpu] = None
-                waiter.succeed()
+            yield env.timeout(GRID_NS * (1 + int(source.expovariate(storm.rate))))
+            raise_msi(number, source.randrange(EVENTS_PER_DEVICE))
 
     def vcpu_loop(number):
-        nonlocal delivered, latency
         queue = queues[number]
-        timeout = env.timeout
         while True:
             if not queue:
                 waiter = idle[number] = env.event()
                 yield waiter
-            lpi = heappop(queue)[2]
-            latency += env.now - pending.pop(lpi)
-            delivered += 1
-            yield timeout(HANDLER_NS)
+            acknowledge(number)
+            yield env.timeout(HANDLER_NS)
+            end_of_interrupt(number)
 
     for number in range(storm.vcpus):
         env.process(vcpu_loop(number))
@@ -132,7 +140,7 @@ def run_heapq(storm: Storm) -> Outcome:
     rate = storm.rate
     sources = [storm.source(device) for device in range(storm.devices)]
     draws = [source.expovariate for source in sources]
-    bits = [source.getrandbits for source in sources]
+    choose = [source.randrange for source in sources]
     left = [storm.per_device] * storm.devices
     delivered = coalesced = latency = sequence = 0
     # (time, sequence, device or -1 - vCPU)
@@ -143,7 +151,7 @@ def run_heapq(storm: Storm) -> Outcome:
     while events:
         now, _, who = heappop(events)
         if who >= 0:
-            vcpu, lpi, priority = routes[who, bits[who](EVENT_BITS)]
+            vcpu, lpi, priority = routes[who, choose[who](EVENTS_PER_DEVICE)]
             if lpi in pending:
                 coalesced += 1
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ from its_machine import (
 )
 
 from fabric.devices.arm.vgic import INITIAL_PROPBASER
-from fabric.devices.arm.vgic_its import Its, msi_sender, signal_msi
+from fabric.devices.arm.vgic_its import Its, MsiSender, signal_msi
 from fabric.devices.arm.vgic_its_regs import GITS
 from fabric.devices.arm.vgic_v3 import VgicV3
 from fabric.devices.registers import Access
@@ -730,7 +731,7 @@ class TestTranslationCache:
 class TestSender:
     def test_does_what_signal_msi_does(self, machine: ItsMachine) -> None:
         """A bound sender answers as the ioctl would, whatever happens between two calls."""
-        send = msi_sender(machine.vm, KvmMsi(DOORBELL, 0, 0, 1, 1))
+        send = MsiSender(machine.vm, KvmMsi(DOORBELL, 0, 0, 1, 1))
         assert 0 == send()
         machine.map_all()
         assert [1, 1] == [send(), send()]
@@ -746,11 +747,27 @@ class TestSender:
         assert -errno.EBUSY == send()
         assert {"unmapped device": 1, "unmapped": 1, "unmapped event": 1, "ITS disabled": 1} == machine.dropped()
 
+    def test_shortcut_lasts_as_long_as_the_cached_translation(self, machine: ItsMachine) -> None:
+        """A caller is handed the direct way with the first MSI that is translated, and told when it ends."""
+        ways: list[Callable[[], object] | None] = []
+        send = MsiSender(machine.vm, KvmMsi(DOORBELL, 0, 0, 1, 1))
+        send.shortcut = ways.append
+        assert 0 == send()
+        assert [] == ways
+        machine.map_all()
+        send()
+        (direct,) = ways
+        assert direct is not None
+        direct()
+        assert 1 == machine.vm.ledger.coalesced
+        machine.run(event_command("DISCARD", 1, 0))
+        assert [direct, None] == ways
+
     def test_may_be_made_before_the_its(self) -> None:
         """A route may name a doorbell that is not there yet."""
         vm = FakeVm()
         VgicV3.create(vm)
-        send = msi_sender(vm, KvmMsi(DOORBELL, 0, 0, 1, 1))
+        send = MsiSender(vm, KvmMsi(DOORBELL, 0, 0, 1, 1))
         assert -errno.ENODEV == send()
         Its.create(vm).place(ITS_BASE)
         assert -errno.EBUSY == send()
@@ -759,7 +776,7 @@ class TestSender:
     def test_a_refused_route_stays_refused(self, machine: ItsMachine) -> None:
         """A route without a device id works only while the translation is cached by others."""
         machine.map_all()
-        send = msi_sender(machine.vm, KvmMsi(DOORBELL, 0, 0, 0, 1))
+        send = MsiSender(machine.vm, KvmMsi(DOORBELL, 0, 0, 0, 1))
         assert -errno.EINVAL == send()
         machine.msi(1, 0)
         assert [1, 1] == [send(), send()]

@@ -96,9 +96,7 @@ class AttrTable:
         for group in groups:
             for row in group.attrs:
                 if (group.number, row.number) in self._rows:
-                    raise ValueError(
-                        f"group {group.number} must be in the table once, not again as {group.name}"
-                    )
+                    raise ValueError(f"group {group.number} must be in the table once, not again as {group.name}")
                 self._rows[group.number, row.number] = row
 
     def rows(self) -> Iterator[tuple[Group, Attr]]:

@@ -206,9 +206,7 @@ class RegisterBlock:
         end = 0
         for row in rows:
             if row.offset < end:
-                raise ValueError(
-                    f"{name}: {row.name} must begin at {end:#x} or later, not at {row.offset:#x}"
-                )
+                raise ValueError(f"{name}: {row.name} must begin at {end:#x} or later, not at {row.offset:#x}")
             end = row.offset + row.length
         if end > size:
             raise ValueError(f"{name}: rows must end by {size:#x}, not at {end:#x}")
@@ -221,9 +219,7 @@ class RegisterBlock:
         self._user = [
             guest
             if row.user is None
-            else View(
-                access=row.user.access, read=row.user.read or guest.read, write=row.user.write or guest.write
-            )
+            else View(access=row.user.access, read=row.user.read or guest.read, write=row.user.write or guest.write)
             for row, guest in zip(rows, self._guest, strict=True)
         ]
 
@@ -259,11 +255,7 @@ class RegisterBlock:
     def user_read(self, owner: Any, offset: int, size: int = 4) -> int:
         """What userspace reads."""
         index = self._locate(offset)
-        if (
-            index < 0
-            or offset % size
-            or not self.rows[index].reaches(self, owner, offset - self._starts[index])
-        ):
+        if index < 0 or offset % size or not self.rows[index].reaches(self, owner, offset - self._starts[index]):
             return 0
         row = self.rows[index]
         return row.load(owner, self._user[index], offset - row.offset, size)

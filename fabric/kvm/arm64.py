@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.channel import LineLevel, Msi
 from fabric.clock.arch_timer import DEFAULT_FREQUENCY, ArchCounter
-from fabric.devices.arm.vgic_its import msi_sender, signal_message
+from fabric.devices.arm.vgic_its import MsiSender, signal_message
 from fabric.devices.registry import DEVICE_TYPES
 from fabric.errors import KvmError
 from fabric.kvm import vm_fd
@@ -242,7 +242,7 @@ class Arm64(Architecture):
         assert isinstance(route, MsiRoute)
         if vm.msis.plain or not route.flags:
             address = route.address
-            return msi_sender(
+            return MsiSender(
                 vm, uapi.KvmMsi(address & 0xFFFF_FFFF, address >> 32, route.data, route.flags, route.devid)
             )
         return partial(vm.msis.send_nowait, Msi(route.address, route.data, route.devid))

@@ -61,6 +61,10 @@ class Event(Protocol):
         """Undo :meth:`bind`."""
         ...
 
+    def shorten(self, inject: Callback, direct: Callback | None) -> None:
+        """While ``inject`` is bound, ``direct`` does the same and faster; None: not any more."""
+        ...
+
     def watch(self, gone: Callback) -> None:
         """Have ``gone`` called when the eventfd is closed; to be called before the other uses."""
         ...
@@ -152,6 +156,10 @@ class SimulatedEvent:
         self._injects.remove(inject)
         self._inject = self._injects[-1] if self._injects else None
 
+    def shorten(self, inject: Callback, direct: Callback | None) -> None:
+        if self._injects and self._injects[-1] is inject:
+            self._inject = inject if direct is None else direct
+
     def watch(self, gone: Callback) -> None:
         self._watchers.append(gone)
 
@@ -238,6 +246,9 @@ class RealEvent:
         self._injects.remove(inject)
         if not self._injects:
             self._events.listen(self, 0)
+
+    def shorten(self, inject: Callback, direct: Callback | None) -> None:
+        """A system call is on the way in any case."""
 
     def watch(self, gone: Callback) -> None:
         if not self._watchers:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fabric.errors import KvmError
@@ -46,8 +47,10 @@ class Irqfd:
         self.unbind()
         vm = self.irqfds.vm
         self.routes = vm.routing.routes(self.gsi)
-        self.bound = vm.arch.injector(vm, self.routes)
-        self.event.bind(self.bound)
+        self.bound = inject = vm.arch.injector(vm, self.routes)
+        self.event.bind(inject)
+        if hasattr(inject, "shortcut"):
+            inject.shortcut = partial(self.event.shorten, inject)
 
     def unbind(self) -> None:
         """The eventfd counts for itself again."""

@@ -170,14 +170,14 @@ class Vgic:
             if irq.group:
                 heappush(cpu.queue, entry)
                 if priority < cpu.threshold and not cpu.line:
-                    if cpu.queue0:
-                        cpu.update_line()
+                    if cpu.mixed:
+                        cpu.update()
                     else:
                         cpu.line = True
                         cpu.kick()
             else:
                 heappush(cpu.queue0, entry)
-                cpu.update_line()
+                cpu.update()
             if self._events is not None:
                 self._events.pending(cpu.index, irq.intid)
         else:

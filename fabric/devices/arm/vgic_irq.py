@@ -142,8 +142,8 @@ class VgicCpu:
 
     __slots__ = (
         "apr0", "apr1", "bpr0", "bpr1", "cbpr", "eoi_split", "events", "forwarding", "igrpen0", "igrpen1",
-        "index", "kick", "ledger", "line", "lpis", "mask0", "mask1", "nr_active", "places", "pmr", "private", "queue",
-        "queue0", "seq", "threshold", "threshold0", "vcpu", "vgic",
+        "index", "kick", "ledger", "line", "lpis", "mask0", "mask1", "mixed", "nr_active", "places", "pmr", "private", "queue",
+        "queue0", "seq", "taken", "threshold", "threshold0", "vcpu", "vgic",
     )  # fmt: skip
 
     def __init__(self, vgic: Vgic, vcpu: VcpuServices) -> None:
@@ -164,6 +164,8 @@ class VgicCpu:
         self.seq = 0
         self.places: dict[int, int] = {}
         """INTID to ``seq`` of those that left while the vCPU stood still: KVM keeps their place until it runs."""
+        self.taken: VgicIrq | None = None
+        """The interrupt taken last: most often the one that ends next."""
         self.nr_active = 0
         """Interrupts active at this vCPU."""
         self.line = False
@@ -182,6 +184,8 @@ class VgicCpu:
         self.apr0 = 0
         self.apr1 = 0
         """Active priorities of group 1: bit n stands for priority ``n << PRIORITY_SHIFT``."""
+        self.mixed = False
+        """Group 0 has to be looked at as well: it is enabled, or has interrupts queued."""
         self.mask0 = self.mask1 = 0
         self.threshold0 = self.threshold = 0
         """Priorities below this can be delivered, for group 0 and 1; 0: none."""
@@ -191,7 +195,7 @@ class VgicCpu:
 
     def acknowledge(self, group: int = 1) -> int:
         """Take the highest-priority interrupt of ``group``; the INTID, or 1023 when there is none to take."""
-        if self.queue0 or not group:
+        if self.mixed or not group:
             if self._deliverable() != group:
                 return SPURIOUS
             queue = self.queue if group else self.queue0
@@ -204,6 +208,7 @@ class VgicCpu:
         if intid >= MIN_LPI or (isinstance(irq, WiredIrq) and irq.edge):
             irq.pending = False  # of a level-triggered one the latch lasts as long as the interrupt
         irq.active = True
+        self.taken = irq
         self.nr_active = nr_active = self.nr_active + 1
         if queue:
             top = queue[0]
@@ -218,7 +223,7 @@ class VgicCpu:
         else:
             priority = irq.priority & self.mask0
             self.apr0 |= 1 << (priority >> PRIORITY_SHIFT)
-        if self.queue0 or self.igrpen0 or nr_active >= NR_LIST_REGISTERS:
+        if self.mixed or nr_active >= NR_LIST_REGISTERS:
             self.refresh()
         else:
             # It was the highest of all, so nothing left can preempt it.
@@ -244,20 +249,19 @@ class VgicCpu:
             dropped = (lowest.bit_length() - 1) << PRIORITY_SHIFT
             mask = self.mask1
             self.apr1 = active1 = active1 ^ lowest
-            if active1 or self.queue0 or self.igrpen0 or self.nr_active >= NR_LIST_REGISTERS:
+            if active1 or self.mixed or self.nr_active >= NR_LIST_REGISTERS:
                 self.refresh()
             else:
                 self.threshold = self.pmr if self.igrpen1 and self.forwarding else 0
                 queue = self.queue
                 self.line = bool(queue) and queue[0][0] < self.threshold
-        if intid >= MIN_LPI:
-            irq = self.lpis.get(intid)
+        irq = self.taken
+        if irq is None or irq.intid != intid:
+            irq = self.irq(intid)
             if irq is None:
                 return
-        else:
-            irq = self.wired(intid)
-            if irq is None or self.eoi_split:
-                return
+        if self.eoi_split and intid < MIN_LPI:
+            return
         # An end that does not match what is running (another group or priority) drops the priority and leaves
         # the interrupt active.
         if irq.active and irq.group == group and irq.priority & mask == dropped:
@@ -381,6 +385,7 @@ class VgicCpu:
         pmr = self.pmr if self.forwarding and self.nr_active < NR_LIST_REGISTERS else 0
         self.threshold0 = min(pmr, running & self.mask0) if self.igrpen0 else 0
         self.threshold = min(pmr, running & self.mask1) if self.igrpen1 else 0
+        self.mixed = self.igrpen0 or bool(self.queue0)
         self.line = self._deliverable() is not None
 
     def _top(self) -> Entry | None:
@@ -445,7 +450,7 @@ class VgicCpu:
             seq = self._place(irq)
         entry = irq.entry = (irq.priority, seq, irq, self)
         heappush(self.queue if irq.group else self.queue0, entry)
-        self.update_line()
+        self.update()
 
     def hold(self, irq: VgicIrq, seq: int | None = None) -> None:
         """Give an active interrupt its place here, off the queues."""
@@ -485,13 +490,6 @@ class VgicCpu:
         if self.line and not was:
             self.kick()
 
-    def update_line(self) -> None:
-        """Recompute ``line``; kick the vCPU when it becomes true."""
-        was = self.line
-        self.line = self._deliverable() is not None
-        if self.line and not was:
-            self.kick()
-
     def purge(self) -> None:
         """Take everything off the queues; it stays pending, and is queued by the next event on it."""
         for queue in (self.queue, self.queue0):
@@ -500,11 +498,14 @@ class VgicCpu:
                     entry[2].entry = None
             queue.clear()
 
+    def _derived(self) -> tuple[int, ...]:
+        return (self.mask0, self.mask1, self.threshold0, self.threshold, self.mixed, self.line)
+
     def _check(self) -> None:
         """Assert the invariants of the queues and thresholds."""
-        before: Any = (self.mask0, self.mask1, self.threshold0, self.threshold, self.line)
+        before: Any = self._derived()
         self.refresh()
-        assert before == (self.mask0, self.mask1, self.threshold0, self.threshold, self.line)
+        assert before == self._derived()
         for group, queue in enumerate((self.queue0, self.queue)):
             assert not queue or queue[0][2].entry is queue[0]
             for child in range(1, len(queue)):

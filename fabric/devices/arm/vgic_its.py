@@ -14,7 +14,7 @@ by disabling an ITS and by clearing EnableLPIs; MAPC to another vCPU, CLEAR and 
 6.1 remembers the last 16 used for each vCPU; here, as in later kernels, there is no limit.
 
 A device has a flag for each event, valid while the device's epoch is the VM's, so that forgetting is counting up
-the epoch. A sender bound to one event (:func:`msi_sender`) keeps LPI and epoch itself: an MSI is then one
+the epoch. A sender bound to one event (:class:`MsiSender`) has a way past all look-ups meanwhile: an MSI is then one
 comparison and the LPI made pending.
 
 Specification: arm-vgic-its (device attributes, table format); GICv3 architecture (IHI 0069), chapter 5 and
@@ -24,6 +24,7 @@ section 12.18 (GITS registers).
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fabric.devices.arm.vgic import INITIAL_PROPBASER
@@ -63,7 +64,7 @@ LPIS_DISABLED = "LPIs disabled"
 class ItsGroup:
     """What the ITSs of one VM have in common."""
 
-    __slots__ = ("doorbells", "epoch", "shares")
+    __slots__ = ("doorbells", "epoch", "senders", "shares")
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -72,6 +73,8 @@ class ItsGroup:
         """Doorbell address to the ITSs placed there: MSIs go to the first, and the cache is common."""
         self.shares: dict[int, int] = {}
         """LPI to how many events map it besides the first; most LPIs have one event and are not in here."""
+        self.senders: list[MsiSender] = []
+        """Those that hold a cached translation outside."""
 
 
 class Its:
@@ -308,7 +311,11 @@ class Its:
 
     def invalidate_cache(self) -> None:
         """Forget the cached translations, those of every ITS of the VM."""
-        self.group.epoch += 1
+        group = self.group
+        group.epoch += 1
+        senders, group.senders = group.senders, []
+        for sender in senders:
+            sender.forget()
 
     # -- commands and registers -----------------------------------------------------------------------------
 
@@ -457,31 +464,35 @@ def _lost(vm: VmServices, code: int, reason: str) -> KvmError:
     return KvmError(code, reason)
 
 
-def msi_sender(vm: VmServices, msi: KvmMsi) -> Callable[[], int]:
+class MsiSender:
     """``signal_msi(vm, msi)`` bound to its arguments, for a sender that raises the same MSI again and again.
 
-    The function returns what the ioctl would: 1, 0, or a negative errno.
+    A call returns what the ioctl would: 1, 0, or a negative errno. Who calls it may set ``shortcut``, a function that
+    is given a callable which does the same with no look-up for as long as the translation is cached, and None when
+    it is not any more.
     """
-    address = msi.address_hi << 32 | msi.address_lo
-    group = vm.its_list[0].group if vm.its_list else ItsGroup()
-    epoch = -1
-    irq: VgicIrq
-    pend: Callable[[VgicIrq], None]
 
-    def send() -> int:
-        nonlocal epoch, group, irq, pend
-        if group.epoch == epoch:
-            pend(irq)
-            return 1
+    __slots__ = ("_msi", "_vm", "shortcut")
+
+    def __init__(self, vm: VmServices, msi: KvmMsi) -> None:
+        self._vm = vm
+        self._msi = msi
+        self.shortcut: Callable[[Callable[[], object] | None], object] | None = None
+
+    def __call__(self) -> int:
+        vm, msi = self._vm, self._msi
         try:
             result = signal_msi(vm, msi)
         except KvmError as error:
             return -(error.errno or errno.EINVAL)
-        cached = _cached(vm, address, msi.data, msi.devid)
-        if cached is not None:
-            irq, pend = cached, vm.irqchip.pend_edge
-            group = vm.its_list[0].group
-            epoch = group.epoch
+        if self.shortcut is not None:
+            irq = _cached(vm, msi.address_hi << 32 | msi.address_lo, msi.data, msi.devid)
+            if irq is not None:
+                vm.its_list[0].group.senders.append(self)
+                self.shortcut(partial(vm.irqchip.pend_edge, irq))
         return result
 
-    return send
+    def forget(self) -> None:
+        """The translation is not cached any more."""
+        if self.shortcut is not None:
+            self.shortcut(None)
