@@ -280,6 +280,7 @@ def test_latch_and_line_are_stored_whatever_the_trigger() -> None:
 
     assert 0x100 == machine.get(LEVEL_INFO, 32)
     assert 0x100 == machine.read(ISPENDR + 4)
+    machine.set(DIST_REGS, ISENABLER + 4, 0x100)
     assert 40 == machine.cpu.acknowledge(1)
     machine.check()
 
