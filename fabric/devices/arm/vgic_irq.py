@@ -142,8 +142,8 @@ class VgicCpu:
 
     __slots__ = (
         "apr0", "apr1", "bpr0", "bpr1", "cbpr", "eoi_split", "events", "forwarding", "igrpen0", "igrpen1",
-        "index", "kick", "ledger", "line", "lpis", "mask0", "mask1", "mixed", "nr_active", "places", "pmr", "private", "queue",
-        "queue0", "seq", "taken", "threshold", "threshold0", "vcpu", "vgic",
+        "index", "kick", "ledger", "line", "lpis", "mask0", "mask1", "mixed", "nr_active", "places", "pmr",
+        "private", "queue", "queue0", "seq", "taken", "threshold", "threshold0", "vcpu", "vgic",
     )  # fmt: skip
 
     def __init__(self, vgic: Vgic, vcpu: VcpuServices) -> None:
