@@ -91,14 +91,14 @@ class DeviceDriver(Load):
         """How many completions the driver has seen, by queue."""
 
     async def set_up(self, guest: Guest, cpu: Any) -> None:
-        """Rings, vectors, MSI-X."""
-        self.rings = [guest.pages.take(RING_SIZE, RING_SIZE) for _ in range(self.queues)]
-        for queue, ring in enumerate(self.rings):
-            await cpu.store(self.bar + RINGS + 8 * queue, 8, ring)
+        """Vectors, then rings: a queue that has a ring is in use."""
         vectors = [
             Vector(queue % guest.cpus, self._handler(queue), f"{self.name}.{queue}") for queue in range(self.queues)
         ]
         await write_msix(cpu, self.bar, await guest.driver.allocate_msi(cpu, self.devid, vectors))
+        self.rings = [guest.pages.take(RING_SIZE, RING_SIZE) for _ in range(self.queues)]
+        for queue, ring in enumerate(self.rings):
+            await cpu.store(self.bar + RINGS + 8 * queue, 8, ring)
 
     def _handler(self, queue: int) -> Callable[[Any], Awaitable[None]]:
         async def handler(cpu: Any) -> None:
@@ -234,22 +234,22 @@ class Ipis(Load):
 
 
 class Busy(Load):
-    """Computation between interrupts: ``busy_ns`` of every ``period_ns`` on each CPU."""
+    """Computation between interrupts: ``busy_ns`` of every ``period_ns`` on each CPU, one CPU after the other."""
 
     def __init__(self, busy_ns: int, period_ns: int) -> None:
         self.busy_ns = busy_ns
         self.period_ns = period_ns
 
     def begin(self, guest: Guest, start_ns: int) -> None:
-        """Each CPU computes from the start."""
+        """The CPUs' periods begin evenly spread, or all would want a physical CPU at the same moments."""
 
         async def period(cpu: Any) -> int:
             began = int(cpu.now)
             await cpu.compute(self.busy_ns)
             return max(began + self.period_ns, int(cpu.now) + 1)
 
-        for agenda in guest.agendas:
-            agenda.add(start_ns, period)
+        for number, agenda in enumerate(guest.agendas):
+            agenda.add(start_ns + self.period_ns * number // guest.cpus, period)
 
 
 class RecordedDevice(Load):

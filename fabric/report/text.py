@@ -18,6 +18,8 @@ _STAGE_NAMES = {
     "acknowledged_eoi": "acknowledged -> EOI",
     "raised_eoi": "raised -> EOI",
 }
+_MOST_SOURCES = 12
+"""Of more than these the queues of a device are told together."""
 _MOST_VCPUS = 32
 """Rows of the table of vCPUs; of more the busiest are shown."""
 _MOST_REASONS = 12
@@ -80,10 +82,27 @@ def _sources(result: RunResult) -> str:
             yield [*head, _STAGE_NAMES[stage], *_percentiles(histogram)]
 
     head = ["source", "count", "stage", *(f"p{percent}" for percent in PERCENTILES), "max"]
-    body = [row for name, passage in statistics.sources.items() for row in rows(name, passage)]
+    body = [row for name, passage in _gathered(statistics.sources).items() for row in rows(name, passage)]
     if len(statistics.sources) != 1:
         body += rows("all", statistics.total)
     return _aligned(head, body)
+
+
+def _gathered(sources: dict[str, Passage]) -> dict[str, Passage]:
+    """The sources; where they are many, the queues of a device (``disk.0``, ``disk.1``, ...) as one."""
+    if len(sources) <= _MOST_SOURCES:
+        return sources
+    devices: dict[str, list[str]] = {}
+    for name in sources:
+        stem, _, queue = name.rpartition(".")
+        devices.setdefault(stem if stem and queue.isdecimal() else name, []).append(name)
+    gathered = {}
+    for device, names in devices.items():
+        name = names[0] if len(names) == 1 else f"{device} ({len(names)} queues)"
+        passage = gathered[name] = Passage()
+        for one in names:
+            passage.merge(sources[one])
+    return gathered
 
 
 def _aligned(head: list[str], body: list[list[str]]) -> str:
