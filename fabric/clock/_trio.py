@@ -8,8 +8,8 @@ others to block, and the field of a trap that holds its abort function. Everythi
 is public: a custom ``trio.abc.Clock``, an ``Instrument``, ``lowlevel.reschedule`` and ``wait_task_rescheduled``.
 
 Where one of the names is missing :func:`run_context` returns None and the engine lets trio step the tasks, one at a
-time, in the same order (tests/test_engine_fallback.py compares the two). Only ``wait_all_tasks_blocked`` then
-waits longer than it should: until time has nowhere to go.
+time, in the same order (tests/test_engine_fallback.py compares the two). Then timer callbacks belong to no task, and
+``wait_all_tasks_blocked`` waits longer than it should: until time has nowhere to go.
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ within the engine never passes trio's run loop: this is what makes real trio tas
 
 The order
 ---------
-An entry is ``(at_ns, priority, tie, seq, task, value)``. ``at_ns`` is integer virtual time; ``priority`` a
-:class:`~fabric.clock.priority.Priority`; ``tie`` is 0, or drawn from the run's seed when interleavings are
-explored; ``seq`` a counter, so that no two entries are equal and nothing after it is ever compared. What is
+An entry is ``(at_ns, priority, turn, task, value)``. ``at_ns`` is integer virtual time; ``priority`` a
+:class:`~fabric.clock.priority.Priority`; ``turn`` is one int of two parts: a counter, so that no two entries are equal
+and nothing after it is ever compared, and above it the *tie*, which is 0, or drawn from the run's seed when
+interleavings are explored. What is
 runnable now and what is due later are kept in two heaps (the first is nearly always tiny) and are merged by
-that order. An entry whose ``seq`` is not its task's ``wake`` is stale and skipped: that is how cancelling and
+that order. An entry whose ``turn`` is not its task's ``wake`` is stale and skipped: that is how cancelling and
 re-arming cost nothing.
 
 What trio wakes
@@ -35,6 +36,7 @@ import threading
 import time
 import types
 from heapq import heappop, heappush
+from itertools import count
 from math import ceil, inf
 from operator import itemgetter
 from pathlib import Path
@@ -52,6 +54,8 @@ from fabric.errors import Deadlock, SimulationError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
+_COUNTER_BITS = 48
+"""Of a turn; the tie is above them."""
 _STEPS_PER_PASS = 20_000
 """After so many steps trio gets a turn, to look for signals and I/O (some 10 ms of wall time)."""
 
@@ -125,8 +129,8 @@ class Engine:
         """Called at the start and end of each ``sleep`` and ``advance``: sources outside the simulation."""
         self.at_end: list[Callable[[], None]] = []
         """Called when the main task returned: checks that raise when the run does not add up."""
-        self._draw: Callable[[], int] | None = self._ties() if (bool(seed) if explore is None else explore) else None
-        self._seq = 0
+        self._turn = self._drawn_turns() if (bool(seed) if explore is None else explore) else count(1).__next__
+        """The next turn."""
         self._ready: list[Any] = []
         self._later: list[Any] = []
         self._arrivals: list[tuple[int, Hosted, Any]] = []
@@ -144,9 +148,10 @@ class Engine:
         self._root: trio.CancelScope | None = None
         self.failure: BaseException | None = None
 
-    def _ties(self) -> Callable[[], int]:
-        source = self.rng("interleaving")
-        return lambda: source.getrandbits(32)
+    def _drawn_turns(self) -> Callable[[], int]:
+        draw = self.rng("interleaving").getrandbits
+        counter = count(1)
+        return lambda: draw(32) << _COUNTER_BITS | next(counter)
 
     def rng(self, name: str) -> random.Random:
         """A random source of its own for ``name``: drawing from one does not disturb another."""
@@ -165,18 +170,12 @@ class Engine:
     def sleep(self, ns: int) -> Generator[None, None, None]:
         """Block the running task for ``ns`` (>= 0) of virtual time. The lean form of :func:`fabric.sleep`."""
         task: Any = self.current
-        self._seq = seq = self._seq + 1
-        task.wake = seq
+        task.wake = turn = self._turn()
         task.waits = SLEEP
         if ns > 0:
-            draw = self._draw
-            heappush(
-                self._later,
-                (self.now + ns, task.priority, draw() if draw is not None else 0, seq, task, None),
-            )
+            heappush(self._later, (self.now + ns, task.priority, turn, task, None))
         elif ns == 0:
-            draw = self._draw
-            heappush(self._ready, (self.now, task.priority, draw() if draw is not None else 0, seq, task, None))
+            heappush(self._ready, (self.now, task.priority, turn, task, None))
         else:
             task.waits = None
             raise ValueError(f"cannot sleep for {ns} ns: time does not run backwards")
@@ -184,27 +183,20 @@ class Engine:
 
     def wake(self, task: Hosted, value: Any = None) -> None:
         """Let a blocked task run, still at this instant, with ``value`` as what its wait returns."""
-        self._seq = seq = self._seq + 1
-        task.wake = seq
+        task.wake = turn = self._turn()
         task.waits = None
-        draw = self._draw
-        heappush(self._ready, (self.now, task.priority, draw() if draw is not None else 0, seq, task, value))
+        heappush(self._ready, (self.now, task.priority, turn, task, value))
 
     def wake_at(self, task: Hosted, at_ns: int, value: Any = None) -> None:
         """Let a blocked task run at ``at_ns`` (>= now), unless it is woken or cancelled before."""
-        self._seq = seq = self._seq + 1
-        task.wake = seq
-        draw = self._draw
-        heappush(self._later, (at_ns, task.priority, draw() if draw is not None else 0, seq, task, value))
+        task.wake = turn = self._turn()
+        heappush(self._later, (at_ns, task.priority, turn, task, value))
 
     def schedule_timer(self, timer: Timer, at_ns: int) -> None:
         """Put ``timer`` on the timeline (used by :class:`~fabric.clock.timer.Timer`)."""
-        self._seq = seq = self._seq + 1
-        timer.wake = seq
+        timer.wake = turn = self._turn()
         timer.task = self._service
-        draw = self._draw
-        entry = (max(at_ns, self.now), timer.priority, draw() if draw is not None else 0, seq, timer, None)
-        heappush(self._later, entry)
+        heappush(self._later, (max(at_ns, self.now), timer.priority, turn, timer, None))
 
     def timer(self, callback: Callable[[], object], *, name: str = "timer", priority: int = Priority.TIMER) -> Timer:
         """A timer that calls ``callback()`` when it fires; not armed yet."""
@@ -234,10 +226,9 @@ class Engine:
         task = self.blocking_task()
         self._advances.append(at_ns)
         self._limit = max(self._advances)
-        self._seq += 1
-        task.wake = self._seq
+        task.wake = turn = self._turn()
         task.waits = ADVANCE
-        heappush(self._later, (at_ns, Priority.LAST, 0, self._seq, task, None))
+        heappush(self._later, (at_ns, Priority.LAST, turn, task, None))
         try:
             yield
         finally:
@@ -260,10 +251,6 @@ class Engine:
                 instruments=[_Spawning(self)],
                 strict_exception_groups=True,
             )
-        except trio.TrioInternalError as error:
-            if self.failure is not None and error.__cause__ is self.failure:
-                raise self.failure from None  # from _stuck
-            raise
         finally:
             _local.engine = None
 
@@ -375,8 +362,8 @@ class Engine:
                     entry = heappop(later)
                 else:
                     return self._idle(_to_ns(deadlines.next_deadline()))
-                at, _, _, seq, task, value = entry
-                if task.wake != seq:
+                at, _, turn, task, value = entry
+                if task.wake != turn:
                     continue
                 if at > now:
                     if not free or (deadlines._heap and deadlines._heap[0][0] * 1e9 < at + 1):
@@ -405,8 +392,8 @@ class Engine:
         ready, later = self._ready, self._later
         while ready or later:
             entry = heappop(ready if not later or (ready and ready[0] < later[0]) else later)
-            at, _, _, seq, task, value = entry
-            if task.wake != seq:
+            at, _, turn, task, value = entry
+            if task.wake != turn:
                 continue
             if at > self.now:
                 heappush(later, entry)
@@ -468,11 +455,13 @@ class Engine:
         if self._private is None and not self._rested:
             self._rested = True
             return 1e-9  # for tasks in wait_all_tasks_blocked, which cannot be seen
-        if self.failure is not None:
-            raise self.failure  # every task was cancelled, but some are shielded and would wait forever
         self.current = None  # nobody runs: every task may be cancelled
-        self.fail(self._deadlock())
-        return 0
+        if self.failure is None:
+            self.fail(self._deadlock())
+            return 0
+        # Winding up a run that failed, some tasks are shielded from their cancellation. Children go first.
+        error = SimulationError("the run has failed: nothing will end what a shielded task waits for")
+        return 0 if any(task.expel(error) for task in reversed(self._tasks.values())) else inf
 
     def _deadlock(self) -> Deadlock:
         waiting = [(task.name, _describe(task)) for task in self._tasks.values() if not task.done]

@@ -144,6 +144,7 @@ class Hosted:
             if trap is not self._park:
                 self.in_trio = True
                 self.waits = None
+                self._abort_primitive = getattr(trap, "abort_func", None)
             return trap
         if self.in_trio or value is None:
             self.in_trio = False
@@ -211,6 +212,14 @@ class Hosted:
         return self._park if trap is None else trap
 
     # What the engine calls.
+
+    def expel(self, error: BaseException) -> bool:
+        """Raise ``error`` in the task, which is blocked where no cancellation reaches it; whether that worked."""
+        failed = outcome.Error(error)
+        if self._abort(failed.unwrap) is not trio.lowlevel.Abort.SUCCEEDED:
+            return False
+        trio.lowlevel.reschedule(self.task, failed)
+        return True
 
     def step_in_trio(self, value: Any) -> None:
         """Have trio step the coroutine with ``value``, for want of the fast path."""
