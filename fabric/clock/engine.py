@@ -129,10 +129,11 @@ class Engine:
         """Called at the start and end of each ``sleep`` and ``advance``: sources outside the simulation."""
         self.at_end: list[Callable[[], None]] = []
         """Called when the main task returned: checks that raise when the run does not add up."""
-        self._turn = self._drawn_turns() if (bool(seed) if explore is None else explore) else count(1).__next__
+        self.turn = self._drawn_turns() if (bool(seed) if explore is None else explore) else count(1).__next__
         """The next turn."""
         self._ready: list[Any] = []
-        self._later: list[Any] = []
+        self.later: list[Any] = []
+        """The timeline beyond this instant, a heap; pushed to by the engine and the vCPUs' hot path only."""
         self._arrivals: list[tuple[int, Hosted, Any]] = []
         self._trio_wants_a_turn = False
         self._limit: float = 0 if self.pacing == "manual" else inf
@@ -170,10 +171,10 @@ class Engine:
     def sleep(self, ns: int) -> Generator[None, None, None]:
         """Block the running task for ``ns`` (>= 0) of virtual time. The lean form of :func:`fabric.sleep`."""
         task: Any = self.current
-        task.wake = turn = self._turn()
+        task.wake = turn = self.turn()
         task.waits = SLEEP
         if ns > 0:
-            heappush(self._later, (self.now + ns, task.priority, turn, task, None))
+            heappush(self.later, (self.now + ns, task.priority, turn, task, None))
         elif ns == 0:
             heappush(self._ready, (self.now, task.priority, turn, task, None))
         else:
@@ -183,20 +184,20 @@ class Engine:
 
     def wake(self, task: Hosted, value: Any = None) -> None:
         """Let a blocked task run, still at this instant, with ``value`` as what its wait returns."""
-        task.wake = turn = self._turn()
+        task.wake = turn = self.turn()
         task.waits = None
         heappush(self._ready, (self.now, task.priority, turn, task, value))
 
     def wake_at(self, task: Hosted, at_ns: int, value: Any = None) -> None:
         """Let a blocked task run at ``at_ns`` (>= now), unless it is woken or cancelled before."""
-        task.wake = turn = self._turn()
-        heappush(self._later, (at_ns, task.priority, turn, task, value))
+        task.wake = turn = self.turn()
+        heappush(self.later, (at_ns, task.priority, turn, task, value))
 
     def schedule_timer(self, timer: Timer, at_ns: int) -> None:
         """Put ``timer`` on the timeline (used by :class:`~fabric.clock.timer.Timer`)."""
-        timer.wake = turn = self._turn()
+        timer.wake = turn = self.turn()
         timer.task = self._service
-        heappush(self._later, (max(at_ns, self.now), timer.priority, turn, timer, None))
+        heappush(self.later, (max(at_ns, self.now), timer.priority, turn, timer, None))
 
     def timer(self, callback: Callable[[], object], *, name: str = "timer", priority: int = Priority.TIMER) -> Timer:
         """A timer that calls ``callback()`` when it fires; not armed yet."""
@@ -226,9 +227,9 @@ class Engine:
         task = self.blocking_task()
         self._advances.append(at_ns)
         self._limit = max(self._advances)
-        task.wake = turn = self._turn()
+        task.wake = turn = self.turn()
         task.waits = ADVANCE
-        heappush(self._later, (at_ns, Priority.LAST, turn, task, None))
+        heappush(self.later, (at_ns, Priority.LAST, turn, task, None))
         try:
             yield
         finally:
@@ -324,7 +325,7 @@ class Engine:
     def _catch_up(self, deadline_ns: float) -> None:
         """Something outside woke a task while trio slept: paced time is as late as the wall, before what is next."""
         if self.ratio:
-            following = min(deadline_ns, self._later[0][0] if self._later else inf)
+            following = min(deadline_ns, self.later[0][0] if self.later else inf)
             at = min((time.monotonic() - self._wall_start) * self.ratio * 1e9, following - 1)
             self.now = max(self.now, int(at))
 
@@ -347,7 +348,7 @@ class Engine:
         slots = private.slots
         deadlines = private.deadlines
         ready = self._ready
-        later = self._later
+        later = self.later
         now = self.now
         idle_waiters = private.idle_waiters
         fast = self.pacing == "fast"
@@ -389,7 +390,7 @@ class Engine:
 
     def _pump_through_trio(self, deadline_ns: float) -> float:
         """The same order with trio stepping the tasks: one entry, then back to trio."""
-        ready, later = self._ready, self._later
+        ready, later = self._ready, self.later
         while ready or later:
             entry = heappop(ready if not later or (ready and ready[0] < later[0]) else later)
             at, _, turn, task, value = entry

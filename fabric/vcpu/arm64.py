@@ -49,21 +49,27 @@ _EOI = frozenset({"ICC_EOIR0_EL1", "ICC_EOIR1_EL1"})
 class Arm64Cpu(Cpu):
     """What an arm64 guest program runs on. ``cpu.mrs(name)``, ``cpu.msr(name, value)``, ``cpu.hvc(...)``."""
 
-    __slots__ = ("_interface", "_write_costs")
+    __slots__ = ("_icc_read", "_icc_write", "_interface", "_write_costs")
 
     _vcpu: Arm64Vcpu
 
     def __init__(self, vcpu: Arm64Vcpu) -> None:
         super().__init__(vcpu)
-        self._interface: Any = vcpu.cpu_interface  # there by the first run if it ever is
         costs = vcpu.costs
         priced = {**dict.fromkeys(_TRAPPED, costs.exit_ns), **dict.fromkeys(_EOI, costs.eoi_ns)}
-        self._write_costs = {name: ns for name, ns in priced.items() if ns} or None
+        self._write_costs = {name: ns for name, ns in priced.items() if ns}
+        self._interface: Any = vcpu.cpu_interface  # there by the first run if it ever is
+        present = self._interface is not None
+        self._icc_read = ICC_READ if present else {}
+        if present and not self._write_costs:
+            self._icc_write = ICC_WRITE  # one for all vCPUs: it stays in the cache
+        else:
+            self._icc_write = {n: ICC_WRITE[n] for n in ICC_WRITE if present and n not in self._write_costs}
 
     async def mrs(self, name: str) -> int:
         """Read system register ``name``. ValueError for a name that is not modelled or not readable."""
-        read = ICC_READ.get(name)
-        if read is not None and self._interface is not None:
+        read = self._icc_read.get(name)
+        if read is not None:
             return read(self._interface)
         other = _READ.get(name)
         if other is None:
@@ -72,11 +78,13 @@ class Arm64Cpu(Cpu):
 
     async def msr(self, name: str, value: int) -> None:
         """Write system register ``name``; DAIFSet and DAIFClr take their immediate."""
-        if self._write_costs is not None and name in self._write_costs:
-            await self._spend(self._write_costs[name])
-        write = ICC_WRITE.get(name)
-        if write is not None and self._interface is not None:
+        write = self._icc_write.get(name)
+        if write is not None:
             write(self._interface, value)
+            return
+        if name in self._write_costs and self._interface is not None:
+            await self._spend(self._write_costs[name])
+            ICC_WRITE[name](self._interface, value)
             return
         other = _WRITE.get(name)
         if other is None:

@@ -11,6 +11,7 @@ when it returns they are unmasked again. A program that polls never unmasks: it 
 from __future__ import annotations
 
 import types
+from heapq import heappush
 from typing import TYPE_CHECKING, Any
 
 from fabric.clock.hosted import Leave
@@ -75,8 +76,10 @@ class Cpu:
         if self.masked and host is None and ns and not vcpu.disturbed:
             # The common case, in a handler: nothing but time ends it, and then it is over.
             started = engine.now
-            engine.current.waits = vcpu
-            engine.wake_at(engine.current, started + ns)
+            task = engine.current
+            task.waits = vcpu
+            task.wake = turn = engine.turn()
+            heappush(engine.later, (started + ns, task.priority, turn, task, None))  # wake_at, without the call
             yield
             if not vcpu.disturbed:
                 return
