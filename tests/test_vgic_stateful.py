@@ -176,7 +176,7 @@ class GicMachineTest(RuleBasedStateMachine):
         irq = self.deliverable(cpu)
         if irq is not None and irq.group != group:
             irq = None
-        assert (1023 if irq is None else irq.intid) == self.vgic.cpus[cpu].acknowledge(group)
+        assert (1023 if irq is None else irq.intid) == self.vgic.cpus[cpu].read_sysreg(f"ICC_IAR{group}_EL1")
         if irq is not None:
             if irq.edge:
                 irq.latch = False
@@ -190,7 +190,7 @@ class GicMachineTest(RuleBasedStateMachine):
             intid, group = active[n % len(active)].intid, active[n % len(active)].group
         else:
             intid = (0, 17, 33, 8192, 1023, 700, 9999)[n % 7]
-        self.vgic.cpus[cpu].end_of_interrupt(group, intid)
+        self.vgic.cpus[cpu].write_sysreg(f"ICC_EOIR{group}_EL1", intid)
         interface = self.cpus[cpu]
         if intid == 1023 or not interface.active:
             return

@@ -278,7 +278,7 @@ class VgicCpu:
 
     def iar1(self) -> int:
         """ICC_IAR1_EL1: ``acknowledge(1)``, with the common case spelled out: an LPI, and nothing active."""
-        if not self.line or self.nr_active or self.queue0 or self.igrpen0:
+        if not self.line or self.nr_active or self.mixed:
             return self.acknowledge(1)
         queue = self.queue
         irq = queue[0][2]
@@ -287,6 +287,7 @@ class VgicCpu:
         heappop(queue)
         irq.pending = False
         irq.active = True
+        self.taken = irq
         self.nr_active = 1
         while queue and queue[0][2].entry is not queue[0]:
             heappop(queue)
@@ -299,17 +300,17 @@ class VgicCpu:
         return irq.intid
 
     def eoir1(self, value: int) -> None:
-        """ICC_EOIR1_EL1: ``end_of_interrupt(1, ...)``, with the end of the one active LPI spelled out."""
-        irq = self.lpis.get(value)
+        """ICC_EOIR1_EL1: ``end_of_interrupt(1, ...)``, with the end of the LPI that alone is active spelled out."""
+        irq = self.taken
         if (
             irq is None
-            or not irq.active
+            or irq.intid != value
             or self.nr_active != 1
+            or not irq.active
+            or irq.__class__ is not VgicIrq
             or self.apr1 != _APR_BIT[irq.priority & self.mask1]
+            or self.mixed
             or self.apr0
-            or self.queue0
-            or self.igrpen0
-            or not irq.group
             or irq.entry is None
             or irq.entry[3] is not self
         ):
