@@ -19,7 +19,7 @@ from collections.abc import Callable
 from statistics import median
 
 import trio
-from storm_peers import EVENTS_PER_DEVICE, GRID_NS, HANDLER_NS, Outcome, Storm, run_heapq, run_simpy
+from storm_peers import GRID_NS, HANDLER_NS, Outcome, Storm, run_heapq, run_simpy
 
 import fabric
 from fabric.clock import Priority, current_engine
@@ -53,7 +53,7 @@ async def _storm(storm: Storm) -> tuple[Outcome, float]:
             for number in range(1, storm.vcpus):
                 await machine.start_secondary(cpu, number)
             for device in range(storm.devices):
-                routes = [storm.route(device, event) for event in range(EVENTS_PER_DEVICE)]
+                routes = [storm.route(device, event) for event in range(storm.events)]
                 vectors = [Vector(vcpu, unused, "", priority) for vcpu, _, priority in routes]
                 messages = await driver.allocate_msi(cpu, device, vectors)
                 events.append([machine.interrupt(message).signal for message in messages])
@@ -70,7 +70,7 @@ async def _storm(storm: Storm) -> tuple[Outcome, float]:
         signals = events[number]
         for _ in range(storm.per_device):
             await engine.sleep(GRID_NS * (1 + int(source.expovariate(storm.rate))))
-            signals[source.randrange(EVENTS_PER_DEVICE)]()
+            signals[source.randrange(storm.events)]()
 
     machine.load(guest)
     async with trio.open_nursery() as nursery:

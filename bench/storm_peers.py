@@ -18,7 +18,6 @@ HANDLER_NS = 2_000
 GRID_NS = 101
 """Arrivals are multiples of this. It is coprime to the handler time, so that no arrival falls on the end of a
 handler: the order of the two is a choice of the model, and would make the engines' outcomes differ."""
-EVENTS_PER_DEVICE = 4
 FIRST_LPI = 8192
 
 
@@ -32,11 +31,13 @@ class Outcome:
 
 @attrs.frozen
 class Storm:
-    """The work of one run: devices with four events each, exponential intervals, 50 % load of each vCPU."""
+    """The work of one run: devices with some events each, exponential intervals, 50 % load of each vCPU."""
 
     devices: int
     vcpus: int
     interrupts: int
+    events: int = 4
+    """Events of a device, each with an LPI of its own."""
     seed: int = 1
 
     @property
@@ -59,7 +60,7 @@ class Storm:
         The LPIs of a vCPU differ in priority: the order of equal ones is a matter of the controller (a GIC as KVM
         has it keeps the place of an LPI that is raised again while it is handled).
         """
-        number = device * EVENTS_PER_DEVICE + event
+        number = device * self.events + event
         return number % self.vcpus, FIRST_LPI + number, 0x80 + number // self.vcpus % 8 * 8
 
 
@@ -67,9 +68,7 @@ def run_simpy(storm: Storm) -> Outcome:
     """``storm`` in SimPy: a process a device and a vCPU, an Event per idle vCPU."""
     env = simpy.Environment()
     routes = {
-        (device, event): storm.route(device, event)
-        for device in range(storm.devices)
-        for event in range(EVENTS_PER_DEVICE)
+        (device, event): storm.route(device, event) for device in range(storm.devices) for event in range(storm.events)
     }
     pending: set[int] = set()
     queues: list[list[tuple[int, int, int]]] = [[] for _ in range(storm.vcpus)]
@@ -105,7 +104,7 @@ def run_simpy(storm: Storm) -> Outcome:
         source = storm.source(number)
         for _ in range(storm.per_device):
             yield env.timeout(GRID_NS * (1 + int(source.expovariate(storm.rate))))
-            raise_msi(number, source.randrange(EVENTS_PER_DEVICE))
+            raise_msi(number, source.randrange(storm.events))
 
     def vcpu_loop(number):
         queue = queues[number]
@@ -128,9 +127,7 @@ def run_simpy(storm: Storm) -> Outcome:
 def run_heapq(storm: Storm) -> Outcome:
     """The same with no engine: one heap of events and a loop, everything inlined."""
     routes = {
-        (device, event): storm.route(device, event)
-        for device in range(storm.devices)
-        for event in range(EVENTS_PER_DEVICE)
+        (device, event): storm.route(device, event) for device in range(storm.devices) for event in range(storm.events)
     }
     pending: set[int] = set()
     queues: list[list[tuple[int, int, int]]] = [[] for _ in range(storm.vcpus)]
@@ -149,7 +146,7 @@ def run_heapq(storm: Storm) -> Outcome:
     while events:
         now, _, who = heappop(events)
         if who >= 0:
-            vcpu, lpi, priority = routes[who, choose[who](EVENTS_PER_DEVICE)]
+            vcpu, lpi, priority = routes[who, choose[who](storm.events)]
             if lpi in pending:
                 coalesced += 1
             else:
