@@ -179,7 +179,8 @@ class Channel(Generic[Event]):
         self._faults: list[Fault[Event]] = []
         self._hits: dict[str, int] = {}
         self._holding = 0
-        self._held: deque[tuple[Event, int]] = deque()
+        self._held: deque[tuple[Event, int, int]] = deque()
+        """Events held, how much longer than the latency they take after that, and when they were sent."""
         self._flights: list[tuple[int, int, Event, int]] = []
         self._flight_timer = engine.timer(self._land, name=name, priority=Priority.CHANNEL) if engine else None
         self._seq = 0
@@ -195,10 +196,14 @@ class Channel(Generic[Event]):
     # The far end.
 
     def connect(self, sink: Callable[[Event], object]) -> None:
-        """Have ``sink(event)`` called for every event. A channel has one far end."""
+        """Have ``sink(event)`` called for every event, those that came before included. A channel has one far end."""
         if self._sink is not None:
             raise ValueError(f"channel {self.name} has a sink already")
+        if self._waiting:
+            raise ValueError(f"channel {self.name} has tasks that receive from it")
         self._sink = sink
+        while self._arrived:
+            sink(self._arrived.popleft())
         self._choose_path()
 
     def receive_nowait(self) -> Event:
@@ -211,6 +216,8 @@ class Channel(Generic[Event]):
         """Wait for the next event; events go to receivers in the order they began to wait."""
         if self._arrived:
             return self._arrived.popleft()
+        if self._sink is not None:
+            raise RuntimeError(f"channel {self.name} has a sink: nothing is left to receive")
         if self._waiting is None:
             raise RuntimeError(f"channel {self.name} has no engine: nobody can wait on it")
         event: Event = await self._waiting.wait()
@@ -264,15 +271,18 @@ class Channel(Generic[Event]):
         self._choose_path()
 
     def release(self) -> int:
-        """Undo one ``hold``; with the last, let everything held go, in order. Returns how many events went."""
+        """Undo one ``hold``; with the last, let everything held go, in order. Returns how many events went.
+
+        What is sent meanwhile goes last. When the far end raises, the channel stays held with what is left.
+        """
         if not self._holding:
             raise ValueError(f"channel {self.name} is not held")
-        self._holding -= 1
         released = 0
-        while self._held and not self._holding:
-            event, sent_at = self._held.popleft()
-            self._depart(event, self._latency_ns, sent_at)
+        while self._held and self._holding == 1:
+            event, extra_ns, sent_at = self._held.popleft()
+            self._depart(event, self._latency_ns + extra_ns, sent_at)
             released += 1
+        self._holding = max(0, self._holding - 1)  # 0 when the far end has released it meanwhile
         self._choose_path()
         return released
 
@@ -361,7 +371,7 @@ class Channel(Generic[Event]):
         now = self.engine.now if self.engine is not None else 0
         for _ in range(copies):
             if self._holding:
-                self._held.append((event, now))
+                self._held.append((event, extra_ns, now))
             else:
                 self._depart(event, self._latency_ns + extra_ns, now)
 
