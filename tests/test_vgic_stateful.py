@@ -92,11 +92,11 @@ class GicMachineTest(RuleBasedStateMachine):
 
     def changed(self, irq: ModelIrq, *, event: bool = True) -> None:
         """Something happened to ``irq``: it takes (only at an ``event``, or by moving) or gives up its place."""
-        wanted = irq.active or (irq.enabled and irq.asserted)
+        wanted = irq.active or (irq.enabled and irq.asserted and self.forwarding)
         if irq.place is not None and (not wanted or (not irq.active and irq.place[0] != irq.target)):
             irq.place = None
             event = True
-        if irq.place is None and wanted and event and (irq.active or self.forwarding):
+        if irq.place is None and wanted and event:
             self.order += 1
             irq.place = (irq.target, self.order)
 

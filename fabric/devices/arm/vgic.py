@@ -57,6 +57,8 @@ class Vgic:
     def __init__(self, vm: VmServices) -> None:
         self.vm = vm
         self.ledger: Ledger = vm.ledger
+        self.pend = self.pend_edge
+        """The method, bound once: what many senders keep a reference to."""
         self._events: IrqEvents | None = vm.events
         self.initialized = False
         self.nr_irqs = NR_PRIVATE_IRQS
@@ -383,8 +385,12 @@ class Vgic:
             # The line is still high: from now on this is another interrupt.
             self.ledger.raised += 1
             self._note_pending(irq)
-        if irq.enabled and irq.asserted and irq.target is not None and irq.target.forwarding:
-            irq.target.push(irq, seq)
+        target = irq.target
+        if target is None or not irq.enabled or not irq.asserted:
+            return
+        # On a vCPU that stands still it stays queued even while nothing is forwarded, until that vCPU runs.
+        if target.forwarding or (seq is not None and not target.vcpu.running):
+            target.push(irq, seq)
 
     # -- LPIs ------------------------------------------------------------------------------------------------
 
