@@ -131,9 +131,10 @@ class Engine:
         """Called when the main task returned: checks that raise when the run does not add up."""
         self.turn = self._drawn_turns() if (bool(seed) if explore is None else explore) else count(1).__next__
         """The next turn."""
-        self._ready: list[Any] = []
+        self.ready: list[Any] = []
+        """What is runnable at this instant, a heap; pushed to by the engine and the vCPUs' hot path only."""
         self.later: list[Any] = []
-        """The timeline beyond this instant, a heap; pushed to by the engine and the vCPUs' hot path only."""
+        """The timeline beyond this instant, likewise."""
         self._arrivals: list[tuple[int, Hosted, Any]] = []
         self._trio_wants_a_turn = False
         self._limit: float = 0 if self.pacing == "manual" else inf
@@ -176,7 +177,7 @@ class Engine:
         if ns > 0:
             heappush(self.later, (self.now + ns, task.priority, turn, task, None))
         elif ns == 0:
-            heappush(self._ready, (self.now, task.priority, turn, task, None))
+            heappush(self.ready, (self.now, task.priority, turn, task, None))
         else:
             task.waits = None
             raise ValueError(f"cannot sleep for {ns} ns: time does not run backwards")
@@ -186,7 +187,7 @@ class Engine:
         """Let a blocked task run, still at this instant, with ``value`` as what its wait returns."""
         task.wake = turn = self.turn()
         task.waits = None
-        heappush(self._ready, (self.now, task.priority, turn, task, value))
+        heappush(self.ready, (self.now, task.priority, turn, task, value))
 
     def wake_at(self, task: Hosted, at_ns: int, value: Any = None) -> None:
         """Let a blocked task run at ``at_ns`` (>= now), unless it is woken or cancelled before."""
@@ -347,7 +348,7 @@ class Engine:
             return self._pump_through_trio(_to_ns(deadline))
         slots = private.slots
         deadlines = private.deadlines
-        ready = self._ready
+        ready = self.ready
         later = self.later
         now = self.now
         idle_waiters = private.idle_waiters
@@ -390,7 +391,7 @@ class Engine:
 
     def _pump_through_trio(self, deadline_ns: float) -> float:
         """The same order with trio stepping the tasks: one entry, then back to trio."""
-        ready, later = self._ready, self.later
+        ready, later = self.ready, self.later
         while ready or later:
             entry = heappop(ready if not later or (ready and ready[0] < later[0]) else later)
             at, _, turn, task, value = entry

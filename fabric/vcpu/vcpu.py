@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import types
+from heapq import heappush
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from fabric.clock import Priority
@@ -160,7 +161,10 @@ class Vcpu:
         task = self.wakeable
         if task is not None:
             self.wakeable = None
-            task.engine.wake(task)
+            engine = task.engine
+            task.wake = turn = engine.turn()
+            task.waits = None
+            heappush(engine.ready, (engine.now, task.priority, turn, task, None))  # wake, without the call
 
     def forget(self, task: Hosted) -> None:
         """The task of a KVM_RUN that blocks in the guest was cancelled."""

@@ -489,7 +489,7 @@ class MsiSender:
             irq = _cached(vm, msi.address_hi << 32 | msi.address_lo, msi.data, msi.devid)
             if irq is not None:
                 vm.its_list[0].group.senders.append(self)
-                self.shortcut(partial(vm.irqchip.pend_edge, irq))
+                self.shortcut(partial(vm.irqchip.pend, irq))
         return result
 
     def forget(self) -> None:
