@@ -195,6 +195,8 @@ def test_the_value_of_an_unknown_address_is_fetched_before_it_is_refused() -> No
     "vgic-v3.addr.redist-region.EINVAL.index",
     "vgic-v3.addr.redist-region.EINVAL.redist-overlap",
     "vgic-v3.addr.redist-region.E2BIG.ipa-range",
+    "vgic-v3.addr.redist-region.EEXIST.already-set",
+    "vgic-v3.addr.redist-region.note.index-truncated",
 )
 @pytest.mark.parametrize(
     ("value", "code"),
@@ -348,7 +350,40 @@ def test_the_number_is_set_once() -> None:
     assert errno.EINVAL == refusal(machine.set, NR_IRQS, 0, 33)
 
 
-@pytest.mark.spec("vgic-v3.ctrl.init.rule.idempotent", "vgic-v3.ctrl.init.ENXIO.read")
+@pytest.mark.spec("vgic-v3.ctrl.init.rule.default-routing", "vgic-v3.ctrl.init.rule.addr-ignored")
+def test_initialising_installs_the_flat_routing_table() -> None:
+    """One pin for each SPI, once; the pointer is not looked at."""
+    machine = GicMachine(ready=False)
+    pins: list[int] = []
+    machine.vm.set_default_routing = pins.append  # type: ignore[assignment, method-assign]
+
+    machine.set(CTRL, INIT, size=0)
+    machine.set(CTRL, INIT, size=0)
+
+    assert [224] == pins
+
+
+@pytest.mark.spec("vgic-v3.create.rule.vcpu-order-free")
+def test_vcpus_may_come_before_or_after_the_gic() -> None:
+    """Either way they have their interface and their redistributor."""
+    early, late = GicMachine(2, ready=False), GicMachine(0, ready=False)
+    for machine in (early, late):
+        machine.set(ADDR, REDIST, GICR_BASE)
+        machine.set(ADDR, DIST, GICD_BASE)
+    late.add_vcpu()
+    late.add_vcpu()
+    for machine in (early, late):
+        machine.set(CTRL, INIT)
+
+    assert early.vgic.state() == late.vgic.state()
+    assert 0 == refusal(early.vgic.first_run) == refusal(late.vgic.first_run)
+
+
+@pytest.mark.spec(
+    "vgic-v3.ctrl.init.rule.idempotent",
+    "vgic-v3.ctrl.init.ENXIO.read",
+    "vgic-v3.ctrl.save-pending-tables.ENXIO.read",
+)
 def test_initialising_again_does_nothing() -> None:
     """And the attribute cannot be read."""
     machine = GicMachine()

@@ -17,7 +17,7 @@ from gic_machine import (
 )
 
 from fabric.devices.arm.vgic_v3_regs import GICD, GICR
-from fabric.devices.registers import IrqArray
+from fabric.devices.registers import Access, IrqArray, RegisterBlock
 
 ICPENDR, ISPENDR, ISENABLER, ICFGR, IPRIORITYR, IROUTER = 0x280, 0x200, 0x100, 0xC00, 0x400, 0x6000
 ALL = 0xFFFF_FFFF
@@ -138,6 +138,23 @@ def test_arrays_end_with_the_interrupts() -> None:
     assert errno.ENXIO == machine.has(DIST_REGS, IROUTER + 96 * 8)
 
 
+@pytest.mark.spec("vgic-v3.dist-regs.rule.ro-writes-ignored", "vgic-v3.redist-regs.rule.ro-writes-ignored")
+@pytest.mark.parametrize("block", [GICD, GICR], ids=lambda block: block.name)
+def test_read_only_registers_ignore_writes_of_userspace(block: RegisterBlock) -> None:
+    """They succeed, and nothing changes."""
+    machine = GicMachine()
+    group = DIST_REGS if block is GICD else REDIST_REGS
+    before = machine.vgic.state()
+    rows = [row for row in block.rows if (row.user or row).access is Access.RO]
+    for row in rows:
+        value = machine.get(group, row.offset)
+        machine.set(group, row.offset, ~value & ALL)
+        assert value == machine.get(group, row.offset)
+
+    assert len(rows) >= 2
+    assert before == machine.vgic.state()
+
+
 # -- arrays of interrupts
 
 
@@ -155,6 +172,7 @@ def test_sgis_and_ppis_are_not_in_the_distributor(row: IrqArray) -> None:
 
 
 @pytest.mark.spec(
+    "vgic-v3.ctrl.init.rule.group1",
     "vgic-v3.reg.gicd.icfgr",
     "vgic-v3.reg.gicd.igroupr",
     "vgic-v3.reg.gicr.isenabler0",
@@ -418,9 +436,8 @@ def test_lpis_are_enabled_with_an_its_only() -> None:
 
 
 @pytest.mark.parametrize("block", [GICD, GICR], ids=lambda block: block.name)
-def test_every_row_names_its_register_and_its_inventory_row(block: object) -> None:
+def test_every_row_names_its_register_and_its_inventory_row(block: RegisterBlock) -> None:
     """The register page of the documents is made from them."""
-    assert isinstance(block, type(GICD))
     for row in block.rows:
         assert row.name.startswith(block.name + "_")
         assert row.id.startswith("vgic-v3.reg.")
