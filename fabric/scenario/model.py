@@ -153,6 +153,7 @@ class Block:
     """``[[block]]``: a block device. The guest submits requests by doorbell; each completion is an MSI."""
 
     name: str = _name("disk")
+    """In reports; queue q is NAME.q there."""
     queues: int = _integer(1, 1, 2048)
     """Queue q completes to vCPU ``q % vcpus``."""
     iops: int = _integer(10_000, 1, 100_000_000)
@@ -170,6 +171,7 @@ class Network:
     """``[[network]]``: a network device; packets received are announced by MSI, possibly several at once."""
 
     name: str = _name("net")
+    """In reports; queue q is NAME.q there."""
     queues: int = _integer(1, 1, 2048)
     """Queue q interrupts vCPU ``q % vcpus``."""
     rx_per_s: int = _integer(50_000, 1, 100_000_000)
@@ -239,6 +241,7 @@ class Fault:
     channel: str = _key("", _text)
     """The channel's name, as the run directory lists them."""
     kind: str = _choice("drop", FAULTS)
+    """What becomes of an event: kept back until the fault ends, lost, delivered twice, delivered later, refused."""
     from_ns: int = _integer(0)
     """When it begins."""
     until_ns: int | None = _integer(None, 1)
@@ -278,14 +281,18 @@ class Scenario:
     """The whole of it. ``Scenario()`` is a machine with one idle vCPU."""
 
     name: str = _name("scenario")
+    """In reports and traces."""
     board: str = _key("arm64-gicv3", _text)
+    """The machine; ``fabric boards`` lists them."""
     vcpus: int = _integer(1, 1, 512)
+    """CPUs of the guest."""
     pcpus: int | None = _integer(None, 1, 4096)
     """Physical CPUs the vCPUs share; absent: one for each."""
     slice_ns: int = _integer(4_000_000, 1000)
     """How long a vCPU computes before another that waits for its physical CPU gets it. Assumed, as the
     host's scheduler decides it by load: a few milliseconds on Linux."""
     seed: int = _integer(0, 0, 2**64 - 1)
+    """Of everything random in the run."""
     explore_ties: bool | None = _key(None, _flag)
     """Draw the order of simultaneous events from the seed instead of first come, first served; absent: with
     every seed but 0."""
