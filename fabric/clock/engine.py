@@ -348,6 +348,7 @@ class Engine:
             return self._pump_through_trio(_to_ns(deadline))
         slots = private.slots
         deadlines = private.deadlines
+        scopes = deadlines._heap
         ready = self.ready
         later = self.later
         now = self.now
@@ -359,7 +360,9 @@ class Engine:
                 if self._trio_wants_a_turn:
                     return 0
                 if ready:
-                    entry = heappop(later) if later and later[0] < ready[0] else heappop(ready)
+                    # The first comparison is of ints, and settles it nearly always.
+                    earlier = later and later[0][0] <= now and later[0] < ready[0]
+                    entry = heappop(later) if earlier else heappop(ready)
                 elif later:
                     entry = heappop(later)
                 else:
@@ -368,7 +371,7 @@ class Engine:
                 if task.wake != turn:
                     continue
                 if at > now:
-                    if not free or (deadlines._heap and deadlines._heap[0][0] * 1e9 < at + 1):
+                    if not free or (scopes and scopes[0][0] * 1e9 < at + 1):
                         heappush(later, entry)
                         pause = self._move_to(at, _to_ns(deadlines.next_deadline()))
                         if pause is not None:
