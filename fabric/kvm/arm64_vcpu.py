@@ -132,6 +132,7 @@ class ArmVcpuPart:
         vcpu.features = frozenset(n for n in range(arm.KVM_VCPU_MAX_FEATURES) if self.has(n))
         vcpu.initialized = True
         self.suspended = False
+        vcpu.restart()
         if self.has(arm.KVM_ARM_VCPU_POWER_OFF):
             vcpu.power_off()
         else:

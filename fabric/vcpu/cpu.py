@@ -27,6 +27,15 @@ _READ = {1: GuestMemory.read_u8, 2: GuestMemory.read_u16, 4: GuestMemory.read_u3
 _WRITE = {1: GuestMemory.write_u8, 2: GuestMemory.write_u16, 4: GuestMemory.write_u32, 8: GuestMemory.write_u64}
 
 
+class _NoInterrupts:
+    """In the place of an interrupt controller's CPU interface where there is none."""
+
+    line = False
+
+
+_NO_INTERRUPTS = _NoInterrupts()
+
+
 class Cpu:
     """The CPU a guest program runs on."""
 
@@ -84,12 +93,11 @@ class Cpu:
             if not vcpu.disturbed:
                 return
             left -= engine.now - started - vcpu.absent_ns
+        interface = vcpu.cpu_interface or _NO_INTERRUPTS
         while True:
-            if vcpu.disturbed:
-                yield from self._settle()
-            if host is not None:
-                yield from host.acquire(vcpu)
-            if not self.masked and vcpu.cpu_interface.line:
+            if vcpu.disturbed or (host is not None and vcpu.pcpu is None):
+                yield from self._schedule_in()
+            if not self.masked and interface.line:
                 yield from self._take_interrupts()
                 continue
             if left <= 0:
@@ -117,24 +125,27 @@ class Cpu:
         With ``until_ns`` the halt ends at that time at the latest (ARM: WFIT).
         """
         vcpu = self._vcpu
-        interface = vcpu.cpu_interface
+        interface = vcpu.cpu_interface or _NO_INTERRUPTS
         if not interface.line:
             if vcpu.host is not None:
                 vcpu.host.release(vcpu)
             while not interface.line:
+                if vcpu.disturbed:
+                    yield from self._attend()
+                    continue
                 task = self._engine.current
                 if until_ns is not None:
                     if self._engine.now >= until_ns:
-                        return
+                        break
                     self._engine.wake_at(task, until_ns)
                 task.waits = vcpu
                 vcpu.wakeable = task
                 yield
                 vcpu.wakeable = None
-                if vcpu.disturbed:
-                    yield from self._settle()
             if vcpu.wakeup_ns:
                 yield from self._spend(vcpu.wakeup_ns)
+            elif vcpu.host is not None:
+                yield from self._schedule_in()
         if not self.masked:
             yield from self._take_interrupts()
 
@@ -180,11 +191,12 @@ class Cpu:
     def _take_interrupts(self) -> Generator[Any, Any, None]:
         """Take interrupts, one after the other, until none can be taken."""
         vcpu = self._vcpu
-        interface = vcpu.cpu_interface
+        interface = vcpu.cpu_interface or _NO_INTERRUPTS
         vector: Any = self._vector
         while interface.line:
-            if vcpu.host is not None:
-                yield from vcpu.host.acquire(vcpu)
+            if vcpu.disturbed or (vcpu.host is not None and vcpu.pcpu is None):
+                yield from self._schedule_in()
+                continue
             self.masked = True
             if vcpu.costs.injection_ns:
                 yield from self._spend(vcpu.costs.injection_ns)
@@ -207,7 +219,7 @@ class Cpu:
         return (yield Leave(exit_))
 
     @types.coroutine
-    def _settle(self) -> Generator[Any, Any, None]:
+    def _attend(self) -> Generator[Any, Any, None]:
         """After KVM_RUN was left and entered again in the middle of a wait, or when it is to be left now."""
         vcpu = self._vcpu
         vcpu.disturbed = False
@@ -215,3 +227,15 @@ class Cpu:
         if vcpu.interrupted:
             vcpu.interrupted = False
             yield Leave(INTERRUPTED)
+
+    @types.coroutine
+    def _schedule_in(self) -> Generator[Any, Any, None]:
+        """Be inside KVM_RUN, undisturbed, and hold a physical CPU where they are scarce."""
+        vcpu = self._vcpu
+        while True:
+            if vcpu.disturbed:
+                yield from self._attend()
+            elif vcpu.host is not None and vcpu.pcpu is None:
+                yield from vcpu.host.acquire(vcpu)
+            else:
+                return

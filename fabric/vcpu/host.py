@@ -75,24 +75,28 @@ class Host:
 
     @types.coroutine
     def acquire(self, vcpu: Vcpu) -> Generator[None, None, None]:
-        """Wait until ``vcpu`` holds a physical CPU; its ``stolen_ns`` grows by the wait."""
-        if vcpu.pcpu is not None:
-            return
+        """Wait until ``vcpu`` holds a physical CPU; its ``stolen_ns`` grows by the wait.
+
+        It comes back without one when KVM_RUN was left meanwhile, or is to be left.
+        """
         engine = self.engine
-        while vcpu.pcpu is None:  # more than once only when KVM_RUN was left and entered again meanwhile
-            if self._free and not self.waiting:
-                self._take_free(vcpu)
-                break
+        if self._free and not self.waiting:
+            self._take_free(vcpu)
+        else:
             task = engine.blocking_task()
             since = engine.now
             task.waits = vcpu.steal_wait
             self.waiting.append((vcpu, task))
             yield
-            vcpu.stolen_ns += engine.now - since
-        pcpu: int = vcpu.pcpu  # type: ignore[assignment]  # taken or inherited
+            vcpu.stolen_ns += engine.now - since - vcpu.absent_ns
+        pcpu = vcpu.pcpu
+        if pcpu is None:
+            return
         if self.switch_ns and self._last[pcpu] is not vcpu:
             self._last[pcpu] = vcpu
             yield from engine.sleep(self.switch_ns)
+            if vcpu.pcpu is None:
+                return
         self._last[pcpu] = vcpu
         self._slice_end[pcpu] = engine.now + self.slice_ns
 

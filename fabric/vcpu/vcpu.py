@@ -193,6 +193,7 @@ class Vcpu:
             self._completed = self._exit.complete(self.run_view)
             self._exit = None
         if self.run_area[KVM_RUN_IMMEDIATE_EXIT]:
+            self._turn.wake_one()
             self.leave_at_once()
         task = engine.blocking_task()
         priority = task.priority
@@ -215,6 +216,8 @@ class Vcpu:
                 # The program returned: the CPU is off until somebody turns it on, and then starts afresh.
                 self._guest = None
                 self.powered_off = True
+                if self.host is not None:
+                    self.host.release(self)
         finally:
             task.priority = priority
             self.running = False
@@ -235,11 +238,9 @@ class Vcpu:
         if task is None or self.engine is None or self._power is None:
             return
         self.disturbed = self.interrupted = True
-        if task.waits is self:
-            self.wakeable = None
-            self.engine.wake(task)
-        elif task in self._power.waiters:
-            self._power.forget(task)
+        waits: Any = task.waits
+        if waits is not None and task is not self.engine.current and waits in (self, self._power, self._steal_wait):
+            waits.forget(task)
             self.engine.wake(task)
 
     def power_on(self) -> None:
@@ -251,6 +252,13 @@ class Vcpu:
     def power_off(self) -> None:
         """Stop for good (until powered on): the next KVM_RUN waits."""
         self.powered_off = True
+
+    def restart(self) -> None:
+        """The registers are reset: at the next KVM_RUN the program begins anew, whatever it was in."""
+        guest, self._guest = self._guest, None
+        self._exit = self._completed = self._left_at = None
+        if guest is not None:
+            guest.close()
 
     def leave_at_once(self) -> NoReturn:
         """KVM_RUN with immediate_exit: no guest runs, but the vCPU's state goes onto the CPU and back."""
