@@ -749,19 +749,19 @@ class TestSender:
 
     def test_shortcut_lasts_as_long_as_the_cached_translation(self, machine: ItsMachine) -> None:
         """A caller is handed the direct way with the first MSI that is translated, and told when it ends."""
-        ways: list[Callable[[], object] | None] = []
+        ways: list[tuple[Callable[[Any], object] | None, Any]] = []
         send = MsiSender(machine.vm, KvmMsi(DOORBELL, 0, 0, 1, 1))
-        send.shortcut = ways.append
+        send.shortcut = lambda *way: ways.append(way)
         assert 0 == send()
         assert [] == ways
         machine.map_all()
         send()
-        (direct,) = ways
+        ((direct, argument),) = ways
         assert direct is not None
-        direct()
+        direct(argument)
         assert 1 == machine.vm.ledger.coalesced
         machine.run(event_command("DISCARD", 1, 0))
-        assert [direct, None] == ways
+        assert [(direct, argument), (None, None)] == ways
 
     def test_may_be_made_before_the_its(self) -> None:
         """A route may name a doorbell that is not there yet."""

@@ -26,7 +26,7 @@ import os
 import re
 import select
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 from weakref import WeakValueDictionary
 
 from fabric.clock import WaitQueue
@@ -61,8 +61,8 @@ class Event(Protocol):
         """Undo :meth:`bind`."""
         ...
 
-    def shorten(self, inject: Callback, direct: Callback | None) -> None:
-        """While ``inject`` is bound, ``direct`` does the same and faster; None: not any more."""
+    def shorten(self, inject: Callback, direct: Callable[[Any], object] | None, argument: Any) -> None:
+        """While ``inject`` is bound, ``direct(argument)`` does the same and faster; None: not any more."""
         ...
 
     def watch(self, gone: Callback) -> None:
@@ -77,12 +77,14 @@ class Event(Protocol):
 class SimulatedEvent:
     """The eventfd behind an :class:`EventFd`."""
 
-    __slots__ = ("__weakref__", "_inject", "_injects", "_queue", "_watchers", "count", "number")
+    __slots__ = ("__weakref__", "_argument", "_direct", "_inject", "_injects", "_queue", "_watchers", "count", "number")
 
     def __init__(self, engine: Engine | None, initval: int) -> None:
         self.number = next_number()
         self.count = initval
         self._inject: Callback | None = None
+        self._direct: Callable[[Any], object] | None = None
+        self._argument: Any = None
         self._injects: list[Callback] = []
         self._watchers: list[Callback] = []
         self._queue = WaitQueue(engine, f"eventfd {self.number}") if engine is not None else None
@@ -94,6 +96,10 @@ class SimulatedEvent:
 
     def signal(self, n: int = 1) -> None:
         """Add ``n`` to the count. Bound to an irqfd, it injects and the count is 0 again."""
+        direct = self._direct
+        if direct is not None:
+            direct(self._argument)
+            return
         inject = self._inject
         if inject is not None:
             self.count = 0
@@ -147,18 +153,22 @@ class SimulatedEvent:
             raise OSError(errno.EBADF, f"eventfd {self.number} is closed")
 
         self._inject = refuse
+        self._direct = None
 
     def bind(self, inject: Callback) -> None:
         self._injects.append(inject)
         self._inject = inject
+        self._direct = None
 
     def unbind(self, inject: Callback) -> None:
         self._injects.remove(inject)
         self._inject = self._injects[-1] if self._injects else None
+        self._direct = None
 
-    def shorten(self, inject: Callback, direct: Callback | None) -> None:
+    def shorten(self, inject: Callback, direct: Callable[[Any], object] | None, argument: Any) -> None:
         if self._injects and self._injects[-1] is inject:
-            self._inject = inject if direct is None else direct
+            self._direct = direct
+            self._argument = argument
 
     def watch(self, gone: Callback) -> None:
         self._watchers.append(gone)
@@ -247,7 +257,7 @@ class RealEvent:
         if not self._injects:
             self._events.listen(self, 0)
 
-    def shorten(self, inject: Callback, direct: Callback | None) -> None:
+    def shorten(self, inject: Callback, direct: Callable[[Any], object] | None, argument: Any) -> None:
         """A system call is on the way in any case."""
 
     def watch(self, gone: Callback) -> None:

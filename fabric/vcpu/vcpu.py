@@ -36,7 +36,14 @@ RUN_AREA_SIZE = 8192
 """KVM_GET_VCPU_MMAP_SIZE: struct kvm_run and the ring of coalesced MMIO, a page each."""
 
 
-class Vcpu:
+class _HotFields:
+    """What every halt and every stretch of computation uses: together in memory, as hundreds of vCPUs do not fit a
+    processor's cache (slots of a base class come first)."""
+
+    __slots__ = ("absent_ns", "cpu_interface", "disturbed", "host", "wakeable", "wakeup_ns")
+
+
+class Vcpu(_HotFields):
     """One vCPU of a VM; what devices see of it is :class:`fabric.devices.base.VcpuServices`.
 
     Args:
@@ -60,12 +67,8 @@ class Vcpu:
         "_steal_wait",
         "_task",
         "_turn",
-        "absent_ns",
-        "cpu_interface",
-        "disturbed",
         "engine",
         "has_run",
-        "host",
         "index",
         "initialized",
         "interrupted",
@@ -78,8 +81,6 @@ class Vcpu:
         "stolen_ns",
         "vcpu_id",
         "vm",
-        "wakeable",
-        "wakeup_ns",
     )
 
     def __init__(self, vm: VmServices, vcpu_id: int, index: int, engine: Engine | None) -> None:

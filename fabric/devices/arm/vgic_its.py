@@ -24,7 +24,6 @@ section 12.18 (GITS registers).
 from __future__ import annotations
 
 import errno
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fabric.devices.arm.vgic import INITIAL_PROPBASER
@@ -468,8 +467,8 @@ class MsiSender:
     """``signal_msi(vm, msi)`` bound to its arguments, for a sender that raises the same MSI again and again.
 
     A call returns what the ioctl would: 1, 0, or a negative errno. Who calls it may set ``shortcut``, a function that
-    is given a callable which does the same with no look-up for as long as the translation is cached, and None when
-    it is not any more.
+    is given a function and its argument which do the same with no look-up for as long as the translation is cached,
+    and None twice when it is not any more.
     """
 
     __slots__ = ("_msi", "_vm", "shortcut")
@@ -477,7 +476,7 @@ class MsiSender:
     def __init__(self, vm: VmServices, msi: KvmMsi) -> None:
         self._vm = vm
         self._msi = msi
-        self.shortcut: Callable[[Callable[[], object] | None], object] | None = None
+        self.shortcut: Callable[[Callable[[VgicIrq], None] | None, VgicIrq | None], object] | None = None
 
     def __call__(self) -> int:
         vm, msi = self._vm, self._msi
@@ -489,10 +488,10 @@ class MsiSender:
             irq = _cached(vm, msi.address_hi << 32 | msi.address_lo, msi.data, msi.devid)
             if irq is not None:
                 vm.its_list[0].group.senders.append(self)
-                self.shortcut(partial(vm.irqchip.pend, irq))
+                self.shortcut(vm.irqchip.pend, irq)
         return result
 
     def forget(self) -> None:
         """The translation is not cached any more."""
         if self.shortcut is not None:
-            self.shortcut(None)
+            self.shortcut(None, None)
