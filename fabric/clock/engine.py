@@ -137,6 +137,10 @@ class Engine:
         """The timeline beyond this instant, likewise."""
         self._arrivals: list[tuple[int, Hosted, Any]] = []
         self._trio_wants_a_turn = False
+        self.rechecks = 0
+        """How many tasks were refused a cancellation that they have to be offered again."""
+        self.attention = False
+        """There may be more to do after a step than to take the next: trio has work, or a cancellation waits."""
         self._limit: float = 0 if self.pacing == "manual" else inf
         self._advances: list[int] = []
         self._wall_start = 0.0
@@ -280,7 +284,7 @@ class Engine:
             self.failure = error
         if self._root is not None:
             self._root.cancel()
-        self._trio_wants_a_turn = True
+        self._trio_wants_a_turn = self.attention = True
 
     async def _serve_timers(self) -> None:
         """The task that timer callbacks run in: it exists so that they have a place in trio's task tree."""
@@ -306,7 +310,7 @@ class Engine:
 
     def scheduled(self, task: trio.lowlevel.Task) -> None:
         """Trio has a task runnable."""
-        self._trio_wants_a_turn = True
+        self._trio_wants_a_turn = self.attention = True
 
     def exited(self, task: trio.lowlevel.Task) -> None:
         """``task`` is gone."""
@@ -343,6 +347,7 @@ class Engine:
         if not self._armed:
             return inf
         self._trio_wants_a_turn = False
+        self.attention = self.rechecks > 0
         private = self._private
         if private is None:
             return self._pump_through_trio(_to_ns(deadline))
@@ -357,8 +362,6 @@ class Engine:
         free = fast and not len(idle_waiters)  # to move time, up to the next deadline
         try:
             for _ in range(_STEPS_PER_PASS):
-                if self._trio_wants_a_turn:
-                    return 0
                 if ready:
                     # The first comparison is of ints, and settles it nearly always.
                     earlier = later and later[0][0] <= now and later[0] < ready[0]
@@ -384,9 +387,12 @@ class Engine:
                     trap = task.run(task.resume, value)
                 except BaseException as error:
                     trap = error
-                if trap is not None or task.recheck:
-                    task.leave_fast_path(trap)
-                    free = fast and not len(idle_waiters)
+                if trap is not None or self.attention:
+                    if trap is not None or task.recheck:
+                        task.leave_fast_path(trap)
+                        free = fast and not len(idle_waiters)
+                    if self._trio_wants_a_turn:
+                        return 0
             return 0
         finally:
             self.current = None

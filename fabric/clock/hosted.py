@@ -139,8 +139,9 @@ class Hosted:
                 trap = self._step(value.value)
             if isinstance(trap, BaseException):
                 self.done = True
+                self._rechecked()
                 raise trap
-            self.recheck = False
+            self._rechecked()
             if trap is not self._park:
                 self.in_trio = True
                 self.waits = None
@@ -197,12 +198,20 @@ class Hosted:
             result: trio.lowlevel.Abort = self._abort_primitive(raise_cancel)
             return result
         if self.waits is None or self.engine.current is self:
-            self.recheck = True
+            if not self.recheck:
+                self.recheck = True
+                self.engine.rechecks += 1
+                self.engine.attention = True
             return trio.lowlevel.Abort.FAILED
         self.waits.forget(self)
         self.waits = None
         self.wake = 0
         return trio.lowlevel.Abort.SUCCEEDED
+
+    def _rechecked(self) -> None:
+        if self.recheck:
+            self.recheck = False
+            self.engine.rechecks -= 1
 
     def _step(self, value: Any) -> Any:
         engine = self.engine
