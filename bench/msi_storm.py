@@ -22,7 +22,7 @@ import trio
 from storm_peers import GRID_NS, HANDLER_NS, Outcome, Storm, run_heapq, run_simpy
 
 import fabric
-from fabric.clock import Priority, current_engine
+from fabric.clock import Priority, WaitQueue, current_engine
 from fabric.guest.driver import Vector
 from fabric.vmm import Arm64Gicv3
 
@@ -64,23 +64,33 @@ async def _storm(storm: Storm) -> tuple[Outcome, float]:
             await cpu.compute(HANDLER_NS)
             await cpu.msr("ICC_EOIR1_EL1", lpi)
 
+    start = WaitQueue(engine, "the start of the storm")
+    end = WaitQueue(engine, "the end of the storm")
+    storming = storm.devices
+
     async def device(number: int) -> None:
+        nonlocal storming
         engine.set_priority(Priority.DEVICE)
         source = storm.source(number)
         signals = events[number]
+        await start.wait()
         for _ in range(storm.per_device):
             await engine.sleep(GRID_NS * (1 + int(source.expovariate(storm.rate))))
             signals[source.randrange(storm.events)]()
+        storming -= 1
+        if not storming:
+            end.wake_all()
 
     machine.load(guest)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(machine.run)
         await up.wait()
+        for number in range(storm.devices):
+            nursery.start_soon(device, number)
         await fabric.sleep(SETTLE_NS)
         began = time.perf_counter()
-        async with trio.open_nursery() as devices:
-            for number in range(storm.devices):
-                devices.start_soon(device, number)
+        start.wake_all()
+        await end.wait()
         await fabric.sleep(SETTLE_NS)
         seconds = time.perf_counter() - began
         nursery.cancel_scope.cancel()
@@ -133,7 +143,7 @@ def main() -> None:
     """Run all sizes and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    parser.add_argument("--interrupts", type=int, default=100_000, help="MSIs in a run (default %(default)s)")
+    parser.add_argument("--interrupts", type=int, default=200_000, help="MSIs in a run (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each size (default %(default)s)")
     arguments = parser.parse_args()
     rows = []

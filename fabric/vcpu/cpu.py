@@ -76,13 +76,10 @@ class Cpu:
     @types.coroutine
     def compute(self, ns: int) -> Generator[Any, Any, None]:
         """Use ``ns`` of CPU time. Interrupts that come meanwhile are taken inside it and take their own time."""
-        if ns < 0:
-            raise ValueError(f"cannot compute for {ns} ns")
         vcpu = self._vcpu
         engine = self._engine
-        host = vcpu.host
         left = ns
-        if self.masked and host is None and ns and not vcpu.disturbed:
+        if self.masked and vcpu.host is None and ns > 0 and not vcpu.disturbed:
             # The common case, in a handler: nothing but time ends it, and then it is over.
             started = engine.now
             task = engine.current
@@ -93,6 +90,9 @@ class Cpu:
             if not vcpu.disturbed:
                 return
             left -= engine.now - started - vcpu.absent_ns
+        elif ns < 0:
+            raise ValueError(f"cannot compute for {ns} ns")
+        host = vcpu.host
         interface = vcpu.cpu_interface or _NO_INTERRUPTS
         while True:
             if vcpu.disturbed or (host is not None and vcpu.pcpu is None):
