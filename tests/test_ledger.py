@@ -10,9 +10,7 @@ from fabric.errors import LedgerError
 from fabric.trace import Ledger, LedgerStatement
 
 counts = st.integers(0, 1000)
-statements = st.builds(
-    LedgerStatement, counts, counts, counts, counts, st.dictionaries(st.sampled_from("abc"), counts)
-)
+statements = st.builds(LedgerStatement, counts, counts, counts, counts, st.dictionaries(st.sampled_from("abc"), counts))
 
 
 def test_a_new_ledger_balances() -> None:
