@@ -77,7 +77,14 @@ _STEP = object()
 """In the place of a trap: trio is to step the coroutine, because the engine cannot."""
 
 
-class Hosted:
+class _HotFields:
+    """What every step reads and writes of a task. Slots of a base class come first: with hundreds of tasks, none of
+    which is in the processor's cache when its turn comes, it matters that they lie together."""
+
+    __slots__ = ("priority", "recheck", "resume", "run", "task", "waits", "wake")
+
+
+class Hosted(_HotFields):
     """Stands in for a trio task's coroutine; also the engine's record of the task."""
 
     __slots__ = (
@@ -91,13 +98,6 @@ class Hosted:
         "name",
         "nested",
         "number",
-        "priority",
-        "recheck",
-        "resume",
-        "run",
-        "task",
-        "waits",
-        "wake",
     )
 
     def __init__(self, engine: Engine, task: trio.lowlevel.Task, number: int, priority: int) -> None:
