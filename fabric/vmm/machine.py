@@ -238,13 +238,12 @@ class Machine:
                 await driver.start(cpu)
             await driver.start_cpu(cpu)
             cpu.unmask()
-            if cpu.number == 0:
-                for number in range(1, len(self.vcpu_fds)):
-                    await self.start_secondary(cpu, number)
-                await guest(cpu, driver)
-                nursery.cancel_scope.cancel()
-            while True:
+            while cpu.number:
                 await cpu.wait_for_interrupt()
+            for number in range(1, len(self.vcpu_fds)):
+                await self.start_secondary(cpu, number)
+            await guest(cpu, driver)
+            nursery.cancel_scope.cancel()
 
         self.load(program)
         async with trio.open_nursery() as nursery:
