@@ -317,7 +317,7 @@ def test_paced_time_follows_the_wall() -> None:
     began = time.monotonic()
 
     assert 200_000_000 == fabric.run(main, pacing=("paced", 4))
-    assert 0.05 <= time.monotonic() - began < 0.5
+    assert 0.05 <= time.monotonic() - began < 5
 
 
 def test_paced_time_waits_for_trio_deadlines() -> None:
@@ -325,7 +325,7 @@ def test_paced_time_waits_for_trio_deadlines() -> None:
     began = time.monotonic()
     fabric.run(trio.sleep, 0.2, pacing=("paced", 4.0))
 
-    assert 0.05 <= time.monotonic() - began < 0.5
+    assert 0.05 <= time.monotonic() - began < 5
 
 
 def test_paced_time_passes_while_the_outside_is_waited_for() -> None:

@@ -570,12 +570,13 @@ def test_ctrl_c_ends_a_busy_simulation() -> None:
 def test_ctrl_c_ends_a_simulation_of_timers() -> None:
     """Also when nothing but callbacks runs."""
 
+    killer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+
     async def main() -> None:
         here().timer(lambda: None).arm_periodic(0, 1)
+        killer.start()
         await trio.sleep_forever()
 
-    killer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    killer.start()
     with pytest.raises(KeyboardInterrupt):
         fabric.run(main)
     killer.join()
