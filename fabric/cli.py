@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(given, prog_name="fabric", obj=given)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else WRONG
+    finally:
+        if arguments is None:
+            gc.freeze()  # nor is there any need to look for it once more before the process ends
     return DONE
 
 

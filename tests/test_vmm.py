@@ -13,6 +13,7 @@ from fabric.guest.pci import MSIX_CONTROL, MSIX_TABLE, RINGS, write_msix
 from fabric.trace.ledger import LedgerStatement
 from fabric.vmm import BOARDS, Arm64Gicv3, Device, RecordedSource, run_guest
 from fabric.vmm.arm64_gicv3 import BAR_BASE
+from fabric.vmm.machine import SLOT_SIZE
 
 BOARD = "arm64-gicv3"
 
@@ -146,6 +147,22 @@ def test_a_closed_machine_accounts_for_what_it_held() -> None:
     before, after = fabric.run(main)
     assert LedgerStatement(raised=1, pending=1) == before
     assert LedgerStatement(raised=1, dropped={"vm closed": 1}) == after
+
+
+def test_a_machine_with_more_memory_than_a_slot_takes() -> None:
+    """64 TiB, of which a guest uses the ends."""
+
+    async def main() -> LedgerStatement:
+        machine = Arm64Gicv3(1, 1 << 46)
+
+        async def guest(cpu: Any, driver: Any) -> None:
+            await cpu.store(machine.ram_base + SLOT_SIZE - 4, 8, 0x1122_3344_5566_7788)
+            assert 0x1122_3344 == await cpu.load(machine.ram_base + SLOT_SIZE, 4)
+
+        await machine.run_guest(guest)
+        return machine.kvm.statement()
+
+    assert LedgerStatement() == fabric.run(main)
 
 
 # Devices

@@ -3,7 +3,7 @@
 Written as a stranger's VMM would be, against the KVM interface and nothing behind it: fds, ioctls, eventfds,
 struct kvm_run. A board (:mod:`fabric.vmm.arm64_gicv3`) adds its interrupt controller and memory map.
 
-The machine has RAM in one memory slot, devices with a register block each (:mod:`fabric.guest.pci`), and a task a
+The machine has RAM, devices with a register block each (:mod:`fabric.guest.pci`), and a task a
 vCPU that sits in KVM_RUN and serves its exits. Programming an MSI-X entry makes a GSI route and an irqfd; a
 queue's doorbell is an ioeventfd.
 """
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from fabric.kvm import EventFd
     from fabric.vmm.device import Device
 
+SLOT_SIZE = 1 << 42
+"""RAM of one memory slot at most: KVM takes 2**31 - 1 pages."""
+
 AnyDevice = TypeVar("AnyDevice", bound="Device")
 
 
@@ -89,10 +92,14 @@ class Machine:
         self.system_fd = self.kvm.open()
         self.vm_fd = self.kvm.ioctl(self.system_fd, ioctl.KVM_CREATE_VM, self.machine_type())
         self._ram = self.user.map(memory_bytes)
-        region = KvmUserspaceMemoryRegion(
-            guest_phys_addr=self.ram_base, memory_size=memory_bytes, userspace_addr=self._ram
-        )
-        self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_USER_MEMORY_REGION, bytearray(region.pack()))
+        for slot, start in enumerate(range(0, memory_bytes, SLOT_SIZE)):
+            region = KvmUserspaceMemoryRegion(
+                slot=slot,
+                guest_phys_addr=self.ram_base + start,
+                memory_size=min(SLOT_SIZE, memory_bytes - start),
+                userspace_addr=self._ram + start,
+            )
+            self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_USER_MEMORY_REGION, bytearray(region.pack()))
         self.vcpu_fds = [self._create_vcpu(number) for number in range(vcpus)]
         self._run_size = self.kvm.ioctl(self.system_fd, ioctl.KVM_GET_VCPU_MMAP_SIZE)
         self._run_areas = [self.kvm.mmap(fd, self._run_size) for fd in self.vcpu_fds]
