@@ -68,8 +68,11 @@ class Arm64Cpu(Cpu):
 
     async def mrs(self, name: str) -> int:
         """Read system register ``name``. ValueError for a name that is not modelled or not readable."""
-        read = self._icc_read.get(name)
-        if read is not None:
+        try:
+            read = self._icc_read[name]
+        except KeyError:
+            pass
+        else:
             return read(self._interface)
         other = _READ.get(name)
         if other is None:
@@ -78,8 +81,11 @@ class Arm64Cpu(Cpu):
 
     async def msr(self, name: str, value: int) -> None:
         """Write system register ``name``; DAIFSet and DAIFClr take their immediate."""
-        write = self._icc_write.get(name)
-        if write is not None:
+        try:
+            write = self._icc_write[name]
+        except KeyError:
+            pass
+        else:
             write(self._interface, value)
             return
         if name in self._write_costs and self._interface is not None:

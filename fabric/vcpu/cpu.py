@@ -39,11 +39,13 @@ _NO_INTERRUPTS = _NoInterrupts()
 class Cpu:
     """The CPU a guest program runs on."""
 
-    __slots__ = ("_engine", "_vcpu", "_vector", "masked")
+    __slots__ = ("_controller", "_engine", "_vcpu", "_vector", "masked")
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
         self._engine: Any = vcpu.engine
+        # The interrupt controller's part for this CPU, which is there by the first run or never.
+        self._controller: Any = vcpu.cpu_interface or _NO_INTERRUPTS
         self._vector: Callable[[Any], Awaitable[object]] | None = None
         self.masked = True
         """Interrupts are masked (ARM: PSTATE.I)."""
@@ -93,7 +95,7 @@ class Cpu:
         elif ns < 0:
             raise ValueError(f"cannot compute for {ns} ns")
         host = vcpu.host
-        interface = vcpu.cpu_interface or _NO_INTERRUPTS
+        interface = self._controller
         while True:
             if vcpu.disturbed or (host is not None and vcpu.pcpu is None):
                 yield from self._schedule_in()
@@ -125,7 +127,7 @@ class Cpu:
         With ``until_ns`` the halt ends at that time at the latest (ARM: WFIT).
         """
         vcpu = self._vcpu
-        interface = vcpu.cpu_interface or _NO_INTERRUPTS
+        interface = self._controller
         if not interface.line:
             if vcpu.host is not None:
                 vcpu.host.release(vcpu)
@@ -191,7 +193,7 @@ class Cpu:
     def _take_interrupts(self) -> Generator[Any, Any, None]:
         """Take interrupts, one after the other, until none can be taken."""
         vcpu = self._vcpu
-        interface = vcpu.cpu_interface or _NO_INTERRUPTS
+        interface = self._controller
         vector: Any = self._vector
         while interface.line:
             if vcpu.disturbed or (vcpu.host is not None and vcpu.pcpu is None):
