@@ -8,6 +8,8 @@ from typing import Any
 
 import attrs
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fabric.errors import ConfigError, LedgerError
 from fabric.guest.workload import Load
@@ -262,6 +264,61 @@ def test_an_unknown_channel_is_refused_with_the_nearest_name() -> None:
 def test_the_result_names_the_channels() -> None:
     """So that one knows what a fault can be put on."""
     assert ["vm0.line", "vm0.mmio-doorbell", "vm0.msi"] == sorted(run().to_dict()["channels"])
+
+
+_LOADS = st.fixed_dictionaries(
+    {
+        "vcpus": st.integers(2, 5),
+        "pcpus": st.integers(1, 5),
+        "seed": st.integers(0, 3),
+        "duration_ns": st.integers(1, 300_000),
+        "slice_ns": st.sampled_from([1000, 50_000]),
+        "costs": st.sampled_from([{}, FREE, {"wire_ns": 700, "exit_ns": 5000}]),
+        "block": st.lists(
+            st.fixed_dictionaries({"queues": st.integers(1, 5), "service_ns": st.sampled_from([0, 1, 80_000])}),
+            max_size=1,
+        ),
+        "network": st.lists(
+            st.fixed_dictionaries({"queues": st.integers(1, 5), "rx_per_s": st.sampled_from([1000, 3_000_000])}),
+            max_size=1,
+        ),
+        "tick": st.fixed_dictionaries({"hz": st.sampled_from([0, 1000, 1_000_000])}),
+        "ipi": st.fixed_dictionaries({"per_s": st.sampled_from([0, 1_000_000])}),
+        "guest": st.fixed_dictionaries({"busy_percent": st.sampled_from([0, 30, 100])}),
+        "fault": st.lists(
+            st.one_of(
+                st.fixed_dictionaries({"kind": st.just("hold"), "until_ns": st.integers(60_000, 400_000)}),
+                st.fixed_dictionaries(
+                    {
+                        "kind": st.sampled_from(["drop", "duplicate", "delay", "fail"]),
+                        "delay_ns": st.sampled_from([1, 90_000]),
+                        "probability": st.sampled_from([0.3, 1.0]),
+                    }
+                ),
+            ).flatmap(
+                lambda fault: st.fixed_dictionaries(
+                    {
+                        **{key: st.just(value) for key, value in fault.items()},
+                        "channel": st.sampled_from([MSI, "vm0.line", "vm0.mmio-doorbell"]),
+                        "from_ns": st.integers(0, 50_000),
+                    }
+                )
+            ),
+            max_size=3,
+        ),
+    }
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(_LOADS)
+def test_whatever_happens_the_ledger_balances(document: dict[str, Any]) -> None:
+    """Any loads under any faults: a result, in which every interrupt is accounted for."""
+    result = execute(make_scenario(document))
+
+    assert result.ledger.balanced
+    passages = result.statistics.total
+    assert result.ledger.delivered == passages.stages["pending_acknowledged"].count
 
 
 # Replay
