@@ -35,7 +35,7 @@ import random
 import threading
 import time
 import types
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from itertools import count
 from math import ceil, inf
 from operator import itemgetter
@@ -135,6 +135,9 @@ class Engine:
         """What is runnable at this instant, a heap; pushed to by the engine and the vCPUs' hot path only."""
         self.later: list[Any] = []
         """The timeline beyond this instant, likewise."""
+        self.hole = False
+        """The first entry of ``later`` is the one whose step this is. It is taken off when the step is over, or, as
+        nearly every step ends in a wait for a later time, replaced by the entry of that: half the work on the heap."""
         self._arrivals: list[tuple[int, Hosted, Any]] = []
         self._trio_wants_a_turn = False
         self.rechecks = 0
@@ -179,7 +182,11 @@ class Engine:
         task.wake = turn = self.turn()
         task.waits = SLEEP
         if ns > 0:
-            heappush(self.later, (self.now + ns, task.priority, turn, task, None))
+            if self.hole:
+                self.hole = False
+                heapreplace(self.later, (self.now + ns, task.priority, turn, task, None))
+            else:
+                heappush(self.later, (self.now + ns, task.priority, turn, task, None))
         elif ns == 0:
             heappush(self.ready, (self.now, task.priority, turn, task, None))
         else:
@@ -193,16 +200,23 @@ class Engine:
         task.waits = None
         heappush(self.ready, (self.now, task.priority, turn, task, value))
 
+    def _push(self, entry: Any) -> None:
+        if self.hole:
+            self.hole = False
+            heapreplace(self.later, entry)
+        else:
+            heappush(self.later, entry)
+
     def wake_at(self, task: Hosted, at_ns: int, value: Any = None) -> None:
         """Let a blocked task run at ``at_ns`` (>= now), unless it is woken or cancelled before."""
         task.wake = turn = self.turn()
-        heappush(self.later, (at_ns, task.priority, turn, task, value))
+        self._push((at_ns, task.priority, turn, task, value))
 
     def schedule_timer(self, timer: Timer, at_ns: int) -> None:
         """Put ``timer`` on the timeline (used by :class:`~fabric.clock.timer.Timer`)."""
         timer.wake = turn = self.turn()
         timer.task = self._service
-        heappush(self.later, (max(at_ns, self.now), timer.priority, turn, timer, None))
+        self._push((max(at_ns, self.now), timer.priority, turn, timer, None))
 
     def timer(self, callback: Callable[[], object], *, name: str = "timer", priority: int = Priority.TIMER) -> Timer:
         """A timer that calls ``callback()`` when it fires; not armed yet."""
@@ -234,7 +248,7 @@ class Engine:
         self._limit = max(self._advances)
         task.wake = turn = self.turn()
         task.waits = ADVANCE
-        heappush(self.later, (at_ns, Priority.LAST, turn, task, None))
+        self._push((at_ns, Priority.LAST, turn, task, None))
         try:
             yield
         finally:
@@ -362,31 +376,34 @@ class Engine:
         free = fast and not len(idle_waiters)  # to move time, up to the next deadline
         try:
             for _ in range(_STEPS_PER_PASS):
-                if ready:
-                    # The first comparison is of ints, and settles it nearly always.
-                    earlier = later and later[0][0] <= now and later[0] < ready[0]
-                    entry = heappop(later) if earlier else heappop(ready)
+                # The first comparison is of ints, and settles it nearly always.
+                if ready and not (later and later[0][0] <= now and later[0] < ready[0]):
+                    _, _, turn, task, value = heappop(ready)
+                    if task.wake != turn:
+                        continue
                 elif later:
-                    entry = heappop(later)
+                    at, _, turn, task, value = later[0]
+                    if task.wake != turn:
+                        heappop(later)
+                        continue
+                    if at > now:
+                        if not free or (scopes and scopes[0][0] * 1e9 < at + 1):
+                            pause = self._move_to(at, _to_ns(deadlines.next_deadline()))
+                            if pause is not None:
+                                return pause
+                        self.now = now = at
+                    self.hole = True
                 else:
                     return self._idle(_to_ns(deadlines.next_deadline()))
-                at, _, turn, task, value = entry
-                if task.wake != turn:
-                    continue
-                if at > now:
-                    if not free or (scopes and scopes[0][0] * 1e9 < at + 1):
-                        heappush(later, entry)
-                        pause = self._move_to(at, _to_ns(deadlines.next_deadline()))
-                        if pause is not None:
-                            return pause
-                        heappop(later)
-                    self.now = now = at
                 self.current = task
                 slots["task"] = task.task
                 try:
                     trap = task.run(task.resume, value)
                 except BaseException as error:
                     trap = error
+                if self.hole:
+                    self.hole = False
+                    heappop(later)
                 if trap is not None or self.attention:
                     if trap is not None or task.recheck:
                         task.leave_fast_path(trap)

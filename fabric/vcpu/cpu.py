@@ -11,7 +11,7 @@ when it returns they are unmasked again. A program that polls never unmasks: it 
 from __future__ import annotations
 
 import types
-from heapq import heappush
+from heapq import heappush, heapreplace
 from typing import TYPE_CHECKING, Any
 
 from fabric.clock.hosted import Leave
@@ -87,7 +87,12 @@ class Cpu:
             task = engine.current
             task.waits = vcpu
             task.wake = turn = engine.turn()
-            heappush(engine.later, (started + ns, task.priority, turn, task, None))  # wake_at, without the call
+            entry = (started + ns, task.priority, turn, task, None)  # wake_at, without the call
+            if engine.hole:
+                engine.hole = False
+                heapreplace(engine.later, entry)
+            else:
+                heappush(engine.later, entry)
             yield
             if not vcpu.disturbed:
                 return
