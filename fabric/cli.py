@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -159,13 +159,24 @@ def replay(
 
 
 @app.command()
-def boards(form: FormatOption = Format.TEXT) -> None:
-    """List the boards."""
+def boards(seed: SeedOption = None, output: OutOption = None, form: FormatOption = Format.TEXT) -> None:
+    """List the boards.
+
+    Takes the options of every command: there is nothing random in a list, and -o writes it as DIR/boards.json.
+    """
     from fabric.report.text import table
     from fabric.vmm import BOARDS
 
+    document = json.dumps({"boards": [board.describe() for board in BOARDS.values()]}, indent=1)
+    if output is not None:
+        try:
+            Path(output).mkdir(parents=True, exist_ok=True)
+            Path(output, "boards.json").write_text(document + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"fabric: {output}: the list cannot be written: {error.strerror}", file=sys.stderr)
+            raise typer.Exit(WRONG) from None
     if form is Format.JSON:
-        _print(json.dumps({"boards": [board.describe() for board in BOARDS.values()]}, indent=1))
+        _print(document)
         return
     rows = [[str(value) for value in board.describe().values()] for board in BOARDS.values()]
     _print(table(["board", "architecture", "vCPUs", "what it is"], rows, left=4))

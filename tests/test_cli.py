@@ -107,6 +107,16 @@ def test_boards_lists_the_boards(capsys: Captured) -> None:
     assert ["arm64-gicv3"] == [board["name"] for board in json.loads(capsys.readouterr().out)["boards"]]
 
 
+def test_boards_takes_the_options_of_every_command(tmp_path: Path, capsys: Captured) -> None:
+    """A seed changes nothing; -o leaves the list in a file; a place that cannot be written is told."""
+    assert 0 == main(["boards", "--seed", "3", "-o", str(tmp_path / "out"), "--format", "json"])
+    assert capsys.readouterr().out == (tmp_path / "out" / "boards.json").read_text()
+
+    (tmp_path / "file").write_text("")
+    assert 2 == main(["boards", "-o", str(tmp_path / "file")])
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_the_seed_on_the_command_line_wins(scenario: str, capsys: Captured) -> None:
     """Over the file and over --set."""
     assert 0 == main(["run", scenario, "--set", "seed=3", "--seed", "5", "--format", "json"])
