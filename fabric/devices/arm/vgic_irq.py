@@ -104,6 +104,9 @@ class VgicIrq:
         return f"<{type(self).__name__} {self.intid} {flags} priority {self.priority:#04x} -> {where}>"
 
 
+_NOTHING_TAKEN = VgicIrq(-1, None)
+
+
 class WiredIrq(VgicIrq):
     """An SGI, PPI or SPI: configurable trigger and, except for SGIs, an input line."""
 
@@ -173,8 +176,8 @@ class VgicCpu(_HotFields):
         self.seq = 0
         self.places: dict[int, int] = {}
         """INTID to ``seq`` of those that left while the vCPU stood still: KVM keeps their place until it runs."""
-        self.taken: VgicIrq | None = None
-        """The interrupt taken last: most often the one that ends next."""
+        self.taken = _NOTHING_TAKEN
+        """The LPI taken last: most often the one that ends next."""
         self.nr_active = 0
         """Interrupts active at this vCPU."""
         self.line = False
@@ -217,7 +220,7 @@ class VgicCpu(_HotFields):
         if intid >= MIN_LPI or (isinstance(irq, WiredIrq) and irq.edge):
             irq.pending = False  # of a level-triggered one the latch lasts as long as the interrupt
         irq.active = True
-        self.taken = irq
+        self.taken = irq if intid >= MIN_LPI else _NOTHING_TAKEN
         self.nr_active = nr_active = self.nr_active + 1
         if queue:
             top = queue[0]
@@ -264,11 +267,9 @@ class VgicCpu(_HotFields):
                 self.threshold = self.pmr if self.igrpen1 and self.forwarding else 0
                 queue = self.queue
                 self.line = bool(queue) and queue[0][0] < self.threshold
-        irq = self.taken
-        if irq is None or irq.intid != intid:
-            irq = self.irq(intid)
-            if irq is None:
-                return
+        irq = self.taken if self.taken.intid == intid else self.irq(intid)
+        if irq is None:
+            return
         if self.eoi_split and intid < MIN_LPI:
             return
         # An end that does not match what is running (another group or priority) drops the priority and leaves
@@ -312,26 +313,23 @@ class VgicCpu(_HotFields):
         """ICC_EOIR1_EL1: ``end_of_interrupt(1, ...)``, with the end of the LPI that alone is active spelled out."""
         irq = self.taken
         if (
-            irq is None
-            or irq.intid != value
+            irq.intid != value
             or self.nr_active != 1
             or not irq.active
-            or irq.__class__ is not VgicIrq
             or self.apr1 != _APR_BIT[irq.priority & self.mask1]
             or self.mixed
-            or self.apr0
-            or irq.entry is None
-            or irq.entry[3] is not self
+            or (entry := irq.entry) is None
+            or entry[3] is not self
         ):
             self.end_of_interrupt(1, value & INTID_MASK)
             return
         queue = self.queue
         if irq.pending:
             # Raised again meanwhile: queued in the place it had.
-            if irq.target is not self or not irq.enabled or irq.entry[0] != irq.priority or not self.forwarding:
+            if irq.target is not self or not irq.enabled or entry[0] != irq.priority or not self.forwarding:
                 self.end_of_interrupt(1, value)
                 return
-            heappush(queue, irq.entry)
+            heappush(queue, entry)
         else:
             irq.entry = None
         irq.active = False
@@ -395,7 +393,7 @@ class VgicCpu(_HotFields):
         pmr = self.pmr if self.forwarding and self.nr_active < NR_LIST_REGISTERS else 0
         self.threshold0 = min(pmr, running & self.mask0) if self.igrpen0 else 0
         self.threshold = min(pmr, running & self.mask1) if self.igrpen1 else 0
-        self.mixed = self.igrpen0 or bool(self.queue0)
+        self.mixed = self.igrpen0 or bool(self.queue0) or bool(self.apr0)
         self.line = self._deliverable() is not None
 
     def _top(self) -> Entry | None:
