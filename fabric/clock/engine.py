@@ -116,6 +116,37 @@ class Engine:
       explore: draw the order of simultaneous events; None: if ``seed`` is not 0.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_advances",
+        "_armed",
+        "_arrivals",
+        "_limit",
+        "_private",
+        "_rested",
+        "_root",
+        "_service",
+        "_slept",
+        "_spawned",
+        "_tasks",
+        "_trio_wants_a_turn",
+        "_wall_start",
+        "at_end",
+        "attention",
+        "current",
+        "failure",
+        "hole",
+        "later",
+        "now",
+        "pacing",
+        "pollers",
+        "ratio",
+        "ready",
+        "rechecks",
+        "seed",
+        "turn",
+    )
+
     def __init__(self, seed: int = 0, pacing: Pacing = "fast", *, explore: bool | None = None) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"the seed must be an int, not {seed!r}")
