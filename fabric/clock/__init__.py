@@ -12,12 +12,12 @@ import trio
 from fabric.clock.engine import (
     Engine,
     Pacing,
-    StoppedClock,
     VirtualClock,
     _check_duration,
     current_engine,
 )
 from fabric.clock.priority import Priority
+from fabric.clock.stopped import StoppedClock
 from fabric.clock.timer import Timer
 from fabric.clock.waiting import WaitQueue
 
