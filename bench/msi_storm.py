@@ -62,9 +62,9 @@ async def _storm(storm: Storm) -> tuple[Outcome, float]:
         await (boot(cpu) if cpu.number == 0 else driver.start_cpu(cpu))
         while True:
             await cpu.wait_for_interrupt()
-            lpi = await cpu.mrs("ICC_IAR1_EL1")
+            lpi = cpu.iar1()
             await cpu.compute(HANDLER_NS)
-            await cpu.msr("ICC_EOIR1_EL1", lpi)
+            cpu.eoir1(lpi)
 
     start = WaitQueue(engine, "the start of the storm")
     end = WaitQueue(engine, "the end of the storm")

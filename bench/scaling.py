@@ -159,9 +159,9 @@ async def _storm_over(lpis: int, interrupts: int) -> float:
     async def guest(cpu: Any) -> None:
         while True:
             await cpu.wait_for_interrupt()
-            while (lpi := await cpu.mrs("ICC_IAR1_EL1")) != 1023:
+            while (lpi := cpu.iar1()) != 1023:
                 await cpu.compute(HANDLER_NS)
-                await cpu.msr("ICC_EOIR1_EL1", lpi)
+                cpu.eoir1(lpi)
 
     async def device(number: int) -> None:
         engine.set_priority(Priority.DEVICE)

@@ -328,6 +328,37 @@ def test_each_cost_is_paid_where_it_arises(costs: Costs, end: int) -> None:
     assert end == fabric.run(main)
 
 
+@pytest.mark.parametrize("pcpus", [None, 1])
+def test_an_end_of_interrupt_that_is_a_plain_call_is_paid_for_next(pcpus: int | None) -> None:
+    """``eoir1`` ends the interrupt at once; its cost passes with the next wait or computation, before that begins."""
+
+    async def main() -> list[int]:
+        machine = Machine()
+        vcpu = machine.vcpu()
+        vcpu.costs = Costs(eoi_ns=5)
+        if pcpus is not None:
+            vcpu.share(Host(here(), pcpus))
+        times = []
+
+        async def program(cpu: Any) -> None:
+            for _ in range(2):
+                await cpu.wait_for_interrupt()
+                times.append(cpu.now)
+                cpu.eoir1(cpu.iar1())
+                times.append(cpu.now)
+            await cpu.compute(10)
+            times.append(cpu.now)
+            await cpu.system_off()
+
+        machine.vcpus[0].load(program)
+        machine.at(100, machine.raise_spi)
+        machine.at(102, machine.raise_spi)
+        await machine.run()
+        return times
+
+    assert [100, 100, 105, 105, 120] == fabric.run(main)
+
+
 def test_costs_are_ints() -> None:
     """Nanoseconds, 0 or more."""
     for value in (-1, 1.5):

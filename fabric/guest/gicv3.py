@@ -267,13 +267,13 @@ class Gicv3Driver:
 
     async def handle(self, cpu: Any) -> None:
         """Acknowledge, run the handler, end."""
-        intid = await cpu.mrs("ICC_IAR1_EL1")
+        intid = cpu.iar1()
         handler = self._actions[cpu.number].get(intid)
         if handler is not None:
             await handler(cpu)
         elif SPURIOUS_FIRST <= intid <= SPURIOUS_LAST:
             return
-        await cpu.msr("ICC_EOIR1_EL1", intid)
+        cpu.eoir1(intid)
 
     def label(self, number: int) -> str:
         """What INTID ``number`` is."""

@@ -133,6 +133,8 @@ class Cpu:
         """
         vcpu = self._vcpu
         interface = self._controller
+        if vcpu.disturbed:
+            yield from self._attend()
         if not interface.line:
             if vcpu.host is not None:
                 vcpu.host.release(vcpu)
@@ -227,13 +229,17 @@ class Cpu:
 
     @types.coroutine
     def _attend(self) -> Generator[Any, Any, None]:
-        """After KVM_RUN was left and entered again in the middle of a wait, or when it is to be left now."""
+        """After KVM_RUN was left and entered again in the middle of a wait, or when it is to be left now; or to pay
+        for what took no time when it was done."""
         vcpu = self._vcpu
         vcpu.disturbed = False
         vcpu.absent_ns = 0
         if vcpu.interrupted:
             vcpu.interrupted = False
             yield Leave(INTERRUPTED)
+        if vcpu.owed_ns:
+            owed, vcpu.owed_ns = vcpu.owed_ns, 0
+            yield from self._spend(owed)
 
     @types.coroutine
     def _schedule_in(self) -> Generator[Any, Any, None]:

@@ -73,6 +73,7 @@ class Vcpu(_HotFields):
         "initialized",
         "interrupted",
         "mpidr",
+        "owed_ns",
         "pcpu",
         "powered_off",
         "run_area",
@@ -104,8 +105,10 @@ class Vcpu(_HotFields):
         self.wakeable: Hosted | None = None
         """Its task, while an interrupt may wake it."""
         self.disturbed = False
-        """KVM_RUN was re-entered in the middle of a wait, or is to be left."""
+        """KVM_RUN was re-entered in the middle of a wait, or is to be left, or time is owed."""
         self.interrupted = False
+        self.owed_ns = 0
+        """CPU time for what the guest did without waiting; it passes before anything else that takes time."""
         self.absent_ns = 0
         """How long it was out of KVM_RUN within the wait it is in."""
         self.run_area = bytearray(RUN_AREA_SIZE)
@@ -167,6 +170,11 @@ class Vcpu(_HotFields):
             task.waits = None
             heappush(engine.ready, (engine.now, task.priority, turn, task, None))  # wake, without the call
 
+    def owe(self, ns: int) -> None:
+        """Have ``ns`` pass on the vCPU with the next thing that takes time."""
+        self.owed_ns += ns
+        self.disturbed = True
+
     def forget(self, task: Hosted) -> None:
         """The task of a KVM_RUN that blocks in the guest was cancelled."""
         self.wakeable = None
@@ -223,7 +231,7 @@ class Vcpu(_HotFields):
             task.priority = priority
             self.running = False
             self._task = None
-            self.disturbed = False
+            self.disturbed = bool(self.owed_ns)
             self.interrupted = False
             if self.host is not None:
                 self.host.release(self)
