@@ -35,6 +35,7 @@ import random
 import threading
 import time
 import types
+from contextvars import Context, copy_context
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 from math import ceil, inf
@@ -52,7 +53,7 @@ from fabric.clock.waiting import ADVANCE, SLEEP
 from fabric.errors import Deadlock, SimulationError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator, Iterator
 
 _COUNTER_BITS = 48
 """Of a turn; the tie is above them."""
@@ -100,6 +101,7 @@ class Engine:
         "_wall_start",
         "at_end",
         "attention",
+        "context",
         "current",
         "failure",
         "hole",
@@ -111,7 +113,7 @@ class Engine:
         "ready",
         "rechecks",
         "seed",
-        "turn",
+        "turns",
     )
 
     def __init__(self, seed: int = 0, pacing: Pacing = "fast", *, explore: bool | None = None) -> None:
@@ -123,12 +125,14 @@ class Engine:
         self.now = 0
         self.current: Hosted | None = None
         """The task whose step this is."""
+        self.context = copy_context()
+        """What timer callbacks run in: the context that the simulation was started from."""
         self.pollers: list[Callable[[], None]] = []
         """Called at the start and end of each ``sleep`` and ``advance``: sources outside the simulation."""
         self.at_end: list[Callable[[], None]] = []
         """Called when the main task returned: checks that raise when the run does not add up."""
-        self.turn = self._drawn_turns() if (bool(seed) if explore is None else explore) else count(1).__next__
-        """The next turn."""
+        self.turns: Iterator[int] = self._drawn_turns() if (bool(seed) if explore is None else explore) else count(1)
+        """The turns to come."""
         self.ready: list[Any] = []
         """What is runnable at this instant, a heap; pushed to by the engine and the vCPUs' hot path only."""
         self.later: list[Any] = []
@@ -155,10 +159,10 @@ class Engine:
         self._root: trio.CancelScope | None = None
         self.failure: BaseException | None = None
 
-    def _drawn_turns(self) -> Callable[[], int]:
+    def _drawn_turns(self) -> Iterator[int]:
         draw = self.rng("interleaving").getrandbits
-        counter = count(1)
-        return lambda: draw(32) << _COUNTER_BITS | next(counter)
+        for number in count(1):
+            yield draw(32) << _COUNTER_BITS | number
 
     def rng(self, name: str) -> random.Random:
         """A random source of its own for ``name``: drawing from one does not disturb another."""
@@ -177,7 +181,7 @@ class Engine:
     def sleep(self, ns: int) -> Generator[None, None, None]:
         """Block the running task for ``ns`` (>= 0) of virtual time. The lean form of :func:`fabric.sleep`."""
         task: Any = self.current
-        task.wake = turn = self.turn()
+        task.wake = turn = next(self.turns)
         task.waits = SLEEP
         if ns > 0:
             if self.hole:
@@ -194,7 +198,7 @@ class Engine:
 
     def wake(self, task: Hosted, value: Any = None) -> None:
         """Let a blocked task run, still at this instant, with ``value`` as what its wait returns."""
-        task.wake = turn = self.turn()
+        task.wake = turn = next(self.turns)
         task.waits = None
         heappush(self.ready, (self.now, task.priority, turn, task, value))
 
@@ -207,12 +211,12 @@ class Engine:
 
     def wake_at(self, task: Hosted, at_ns: int, value: Any = None) -> None:
         """Let a blocked task run at ``at_ns`` (>= now), unless it is woken or cancelled before."""
-        task.wake = turn = self.turn()
+        task.wake = turn = next(self.turns)
         self._push((at_ns, task.priority, turn, task, value))
 
     def schedule_timer(self, timer: Timer, at_ns: int) -> None:
         """Put ``timer`` on the timeline (used by :class:`~fabric.clock.timer.Timer`)."""
-        timer.wake = turn = self.turn()
+        timer.wake = turn = next(self.turns)
         timer.task = self._service
         self._push((max(at_ns, self.now), timer.priority, turn, timer, None))
 
@@ -244,7 +248,7 @@ class Engine:
         task = self.blocking_task()
         self._advances.append(at_ns)
         self._limit = max(self._advances)
-        task.wake = turn = self.turn()
+        task.wake = turn = next(self.turns)
         task.waits = ADVANCE
         self._push((at_ns, Priority.LAST, turn, task, None))
         try:
@@ -364,6 +368,7 @@ class Engine:
         if private is None:
             return self._pump_through_trio(_to_ns(deadline))
         slots = private.slots
+        run = Context.run
         deadlines = private.deadlines
         scopes = deadlines._heap
         ready = self.ready
@@ -396,7 +401,7 @@ class Engine:
                 self.current = task
                 slots["task"] = task.task
                 try:
-                    trap = task.run(task.resume, value)
+                    trap = run(task.context, task.resume, value)
                 except BaseException as error:
                     trap = error
                 if self.hole:

@@ -81,7 +81,7 @@ class _HotFields:
     """What every step reads and writes of a task. Slots of a base class come first: with hundreds of tasks, none of
     which is in the processor's cache when its turn comes, it matters that they lie together."""
 
-    __slots__ = ("priority", "recheck", "resume", "run", "task", "waits", "wake")
+    __slots__ = ("context", "engine", "priority", "recheck", "resume", "task", "waits", "wake")
 
 
 class Hosted(_HotFields):
@@ -93,7 +93,6 @@ class Hosted(_HotFields):
         "_trap",
         "coro",
         "done",
-        "engine",
         "in_trio",
         "name",
         "nested",
@@ -110,7 +109,7 @@ class Hosted(_HotFields):
         self.coro: Any = task.coro
         self.resume: Callable[[Any], Any] = self.coro.send
         """Resumes the innermost coroutine with a value."""
-        self.run: Callable[..., Any] = task.context.run
+        self.context = task.context
         self.wake = 0
         """Sequence number of the timeline entry that may resume the task; any other entry is stale."""
         self.waits: Waitable | None = None
@@ -240,7 +239,7 @@ class Hosted(_HotFields):
         ``trap`` is what it yielded, or the exception it ended with (``StopIteration`` when it returned).
         """
         if self.nested or type(trap) is Nested:
-            trap = self.run(self._settle, trap)
+            trap = self.context.run(self._settle, trap)
         if trap is None:
             self._hand_over(self._park)
         elif type(trap) is type(self._park) and not self.recheck:

@@ -7,7 +7,7 @@ run. For a task that waits for a time there is ``sleep``; for one that ticks, ``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,26 +17,22 @@ if TYPE_CHECKING:
     from fabric.clock.engine import Engine
 
 
-def _call(function: Callable[[Any], Any], value: Any) -> Any:
-    return function(value)
-
-
 class Timer:
     """A one-shot or periodic timer; re-armable, cancellable.
 
-    It has the shape of a task on the timeline (``wake``, ``run``, ``resume``, ``leave_fast_path``), so that the
+    It has the shape of a task on the timeline (``wake``, ``context``, ``resume``, ``leave_fast_path``), so that the
     engine's loop need not tell the two apart.
     """
 
     __slots__ = (
         "callback",
+        "context",
         "deadline",
         "engine",
         "name",
         "period",
         "priority",
         "resume",
-        "run",
         "task",
         "wake",
     )
@@ -53,7 +49,7 @@ class Timer:
         self.period = 0
         self.wake = 0
         self.task: trio.lowlevel.Task | None = None
-        self.run = _call
+        self.context = engine.context
         self.resume = self._fire
 
     def __repr__(self) -> str:

@@ -86,7 +86,7 @@ class Cpu:
             started = engine.now
             task = engine.current
             task.waits = vcpu
-            task.wake = turn = engine.turn()
+            task.wake = turn = next(engine.turns)
             entry = (started + ns, task.priority, turn, task, None)  # wake_at, without the call
             if engine.hole:
                 engine.hole = False

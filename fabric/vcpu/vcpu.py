@@ -166,7 +166,7 @@ class Vcpu(_HotFields):
         if task is not None:
             self.wakeable = None
             engine = task.engine
-            task.wake = turn = engine.turn()
+            task.wake = turn = next(engine.turns)
             task.waits = None
             heappush(engine.ready, (engine.now, task.priority, turn, task, None))  # wake, without the call
 

@@ -176,7 +176,8 @@ class Vgic:
                         cpu.update()
                     else:
                         cpu.line = True
-                        cpu.kick()
+                        kick = cpu.kick
+                        kick()
             else:
                 heappush(cpu.queue0, entry)
                 cpu.update()
