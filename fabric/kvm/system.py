@@ -20,6 +20,7 @@ from fabric.kvm.dispatch import handlers
 from fabric.kvm.eventfd import EventFd, RealEvents, SimulatedEvent, open_event
 from fabric.kvm.fds import File, not_open
 from fabric.kvm.vm import VcpuFile, Vm
+from fabric.kvm.x86 import X86
 from fabric.trace.ledger import LedgerStatement
 from fabric.uapi.ioctl import request_name
 from fabric.uapi.usermem import ProcessMemory
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: dict[str, type[Architecture] | None] = {
     "aarch64": Arm64,
-    "x86_64": None,
+    "x86_64": X86,
     "ppc64": None,
     "ppce500": None,
     "s390x": None,

@@ -1,0 +1,135 @@
+"""x86 in the KVM layer: what the host offers, and how a VM and its vCPUs are put together.
+
+The host is described by options. Their defaults are the host of the golden recordings, Linux 6.18, with what that host
+lacked: SMM, Hyper-V, Xen, and a TSC that can be offset.
+
+Rules: api.* of the interface inventory; capability values as recorded.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fabric.devices.registry import DEVICE_TYPES
+from fabric.errors import KvmError
+from fabric.kvm import vm_fd, x86_clock, x86_irqchip, x86_lapic, x86_pit, x86_vcpu
+from fabric.kvm.arch import GENERIC_CAPABILITIES, Architecture
+from fabric.kvm.dispatch import Ioctl
+from fabric.uapi import ioctl as requests
+from fabric.uapi import kvm as uapi
+from fabric.vcpu.x86 import X86Vcpu
+
+if TYPE_CHECKING:
+    from fabric.channel import LineLevel, Msi
+    from fabric.kvm.routing import Route
+    from fabric.kvm.vm import VcpuFile, Vm, VmFile
+
+MAX_VCPU_IDS = 4096
+MAX_VCPUS = 1024
+ADDRESS_BITS = 52
+
+
+class X86VmPart:
+    """What the KVM layer keeps for an x86 VM."""
+
+    __slots__ = ()
+
+    def __init__(self, vm: Vm) -> None:
+        pass
+
+
+class X86(Architecture):
+    """KVM of an x86 host."""
+
+    name = "x86_64"
+    defaults = {  # noqa: RUF012  # declared ClassVar in the base
+        "host_cpus": 2,
+        "vector_hashing": True,
+        "apic_map_lag": False,
+        "scan_on_entry": False,
+        "timer_on_entry": False,
+    }
+    vm_table = (
+        *x86_irqchip.VM_TABLE,
+        *x86_pit.VM_TABLE,
+        *x86_lapic.VM_TABLE,
+        *x86_clock.VM_TABLE,
+        *x86_vcpu.VM_TABLE,
+    )
+    vcpu_table = (*x86_lapic.VCPU_TABLE, *x86_clock.VCPU_TABLE, *x86_vcpu.VCPU_TABLE)
+    mmap_size = 3 * uapi.PAGE_SIZE  # struct kvm_run, port I/O data, the ring of coalesced MMIO
+    max_vcpu_ids = MAX_VCPU_IDS
+    max_vcpus = MAX_VCPUS
+
+    def capability(self, cap: int, vm: Vm | None) -> int:
+        return GENERIC_CAPABILITIES.get(cap, 0)
+
+    def address_bits(self, machine_type: int) -> int:
+        if machine_type:
+            raise KvmError(errno.EINVAL, f"the machine type must be 0, not {machine_type:#x}")
+        return ADDRESS_BITS
+
+    def new_part(self, vm: Vm) -> X86VmPart:
+        return X86VmPart(vm)
+
+    def device_class(self, device_type: int) -> Any:
+        cls = DEVICE_TYPES[self.name].get(device_type)
+        if cls is None:
+            raise KvmError(errno.ENODEV, f"this host has no device of type {device_type}")
+        return cls
+
+    def check_new_vcpu(self, vm: Vm, vcpu_id: int) -> None:
+        pass
+
+    def new_vcpu(self, vm: Vm, vcpu_id: int, index: int) -> tuple[X86Vcpu, Any]:
+        return X86Vcpu(vm, vcpu_id, index, vm.engine), None
+
+    def vcpu_created(self, file: VcpuFile) -> None:
+        pass
+
+    def first_run(self, file: VcpuFile) -> None:
+        file.vcpu.has_run = True
+
+    def irqfd_ready(self, vm: Vm) -> bool:
+        return x86_irqchip.ready(vm)
+
+    def routing_allowed(self, vm: Vm) -> bool:
+        return x86_irqchip.ready(vm)
+
+    def check_route(self, route: Route) -> None:
+        x86_irqchip.check_route(route)
+
+    def set_irq(self, vm: Vm, route: Route, level: bool) -> int:
+        return x86_irqchip.set_irq(vm, route, level)
+
+    def injector(self, vm: Vm, routes: tuple[Route, ...]) -> Callable[[], object]:
+        return x86_irqchip.injector(vm, routes)
+
+    def deliver_msi(self, vm: Vm, msi: Msi) -> int:
+        return x86_lapic.deliver_msi(vm, msi)
+
+    def deliver_line(self, vm: Vm, event: LineLevel) -> None:
+        x86_irqchip.deliver_line(vm, event)
+
+
+_ENABLE_CAP = {
+    **x86_irqchip.ENABLE_CAP,
+    **x86_pit.ENABLE_CAP,
+    **x86_lapic.ENABLE_CAP,
+    **x86_clock.ENABLE_CAP,
+    **x86_vcpu.ENABLE_CAP,
+}
+
+
+def enable_cap(file: VmFile, cap: uapi.KvmEnableCap) -> None:
+    """KVM_ENABLE_CAP of a VM."""
+    handler = _ENABLE_CAP.get(cap.cap)
+    if handler is None or cap.flags:
+        vm_fd.enable_cap(file, cap)
+    else:
+        handler(file, cap)
+
+
+X86.vm_table = (*X86.vm_table, Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap))
