@@ -76,6 +76,7 @@ class VmServices(Protocol):
     clock: Clock
     memory: GuestMemory
     mmio: AddressSpace
+    pio: AddressSpace
     ledger: Ledger
     doorbells: Any
     """The ioeventfds of the MMIO space: ``write(gpa, size, value)`` is true when one took a guest's write."""

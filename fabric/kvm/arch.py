@@ -114,16 +114,22 @@ class Architecture(ABC):
         return True
 
     @abstractmethod
-    def check_route(self, route: Route) -> None:
-        """KvmError(EINVAL) for a route that this architecture does not have."""
+    def check_route(self, vm: Vm, route: Route) -> None:
+        """KvmError(EINVAL) for a route that this architecture, or the irqchip of this VM, does not have."""
 
     @abstractmethod
-    def set_irq(self, vm: Vm, route: Route, level: bool) -> int:
-        """Drive the far end of a route; negative: ignored, 0: merged, above: vCPUs reached. KvmError."""
+    def set_irq(self, vm: Vm, route: Route, level: bool, resample: bool = False) -> int:
+        """Drive the far end of a route; negative: ignored, 0: merged, above: vCPUs reached. KvmError.
+
+        ``resample``: the line of the resample irqfds, which is another one where lines have several drivers.
+        """
 
     @abstractmethod
-    def injector(self, vm: Vm, routes: tuple[Route, ...]) -> Callable[[], object]:
-        """A function for what a signal of an irqfd with these routes does; it may raise KvmError."""
+    def injector(self, vm: Vm, routes: tuple[Route, ...], resample: bool) -> Callable[[], object]:
+        """A function for what a signal of an irqfd with these routes does; it may raise KvmError.
+
+        ``resample``: the irqfd has a resampler, so that the line stays up until the interrupt ends.
+        """
 
     def gsi_told(self, vm: Vm, route: Route) -> int | None:
         """The GSI whose resample irqfds learn of the end of interrupts at the far end of ``route``."""

@@ -209,7 +209,7 @@ class Arm64(Architecture):
     def irqfd_ready(self, vm: Vm) -> bool:
         return vm.irqchip is not None and bool(vm.irqchip.initialized)
 
-    def check_route(self, route: Route) -> None:
+    def check_route(self, vm: Vm, route: Route) -> None:
         if isinstance(route, MsiRoute):
             return
         if not isinstance(route, PinRoute):
@@ -220,14 +220,14 @@ class Arm64(Architecture):
                 f"a pin must be below {IRQCHIP_PINS} of irqchip 0, not {route.pin} of {route.irqchip}",
             )
 
-    def set_irq(self, vm: Vm, route: Route, level: bool) -> int:
+    def set_irq(self, vm: Vm, route: Route, level: bool, resample: bool = False) -> int:
         if isinstance(route, PinRoute):
             vm.lines.send_nowait(LineLevel(route.pin + arm.VGIC_NR_PRIVATE_IRQS, level))
             return 0
         assert isinstance(route, MsiRoute)
         return send_msi(vm, route.address, route.data, route.flags, route.devid) if level else -1
 
-    def injector(self, vm: Vm, routes: tuple[Route, ...]) -> Callable[[], object]:
+    def injector(self, vm: Vm, routes: tuple[Route, ...], resample: bool) -> Callable[[], object]:
         if not routes:
             return partial(vm.lost, "no route")
         (route,) = routes  # with one irqchip a GSI has one route

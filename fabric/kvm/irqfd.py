@@ -47,7 +47,7 @@ class Irqfd:
         self.unbind()
         vm = self.irqfds.vm
         self.routes = vm.routing.routes(self.gsi)
-        self.bound = inject = vm.arch.injector(vm, self.routes)
+        self.bound = inject = vm.arch.injector(vm, self.routes, self.resample is not None)
         self.event.bind(inject)
         if hasattr(inject, "shortcut"):
             inject.shortcut = partial(self.event.shorten, inject)
@@ -95,7 +95,7 @@ class Resampler:
 
     def lower(self) -> None:
         """Lower the line."""
-        self.vm.set_irq(self.gsi, False)
+        self.vm.set_irq(self.gsi, False, resample=True)
 
     def ended(self) -> None:
         """The guest ended the interrupt."""
@@ -135,7 +135,7 @@ class Irqfds:
         self._irqfds.append(irqfd)
         irqfd.bind()
         if was_signalled:
-            self.vm.set_irq(gsi, True)
+            self.vm.set_irq(gsi, True, resample is not None)
             if resample is None:
                 self.vm.set_irq(gsi, False)
 

@@ -25,7 +25,7 @@ from fabric.uapi.kvm import (
 )
 
 if TYPE_CHECKING:
-    from fabric.kvm.arch import Architecture
+    from fabric.kvm.vm import Vm
     from fabric.uapi.codec import CStruct
 
 
@@ -87,7 +87,7 @@ class RoutingTable:
         self._decoded: dict[bytes, tuple[int, Route]] = {}  # what was given to GSI and route
 
     @classmethod
-    def build(cls, arch: Architecture, entries: bytes, old: RoutingTable) -> RoutingTable:
+    def build(cls, vm: Vm, entries: bytes, old: RoutingTable) -> RoutingTable:
         """The table of KVM_SET_GSI_ROUTING: ``entries`` is an array of struct kvm_irq_routing_entry.
 
         An entry that ``old`` has as well becomes the same Route object: a VMM that adds one route hands over all
@@ -104,9 +104,8 @@ class RoutingTable:
                 entry = KvmIrqRoutingEntry.unpack(raw)
                 if entry.gsi >= KVM_MAX_IRQ_ROUTES:
                     raise KvmError(errno.EINVAL, f"a GSI must be below {KVM_MAX_IRQ_ROUTES}, not {entry.gsi}")
-                route = read_route(entry)
-                arch.check_route(route)
-                known = entry.gsi, route
+                known = entry.gsi, read_route(entry)
+            vm.arch.check_route(vm, known[1])
             table._decoded[raw] = known
             table.add(*known)
         return table

@@ -155,11 +155,11 @@ class Vm:
         self.routing = table
         self.irqfds.reroute()
 
-    def set_irq(self, gsi: int, level: bool) -> None:
+    def set_irq(self, gsi: int, level: bool, resample: bool = False) -> None:
         """Drive everything ``gsi`` is routed to; what cannot be reached is lost without a sign."""
         for route in self.routing.routes(gsi):
             try:
-                self.arch.set_irq(self, route, level)
+                self.arch.set_irq(self, route, level, resample)
             except KvmError:
                 continue
 

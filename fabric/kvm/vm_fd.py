@@ -105,7 +105,7 @@ def set_gsi_routing(file: VmFile, ptr: Pointer) -> None:
         raise KvmError(errno.EINVAL, f"flags must be 0, not {head.flags:#x}")
     size = head.nr * uapi.KvmIrqRoutingEntry.SIZE
     entries = ptr.read(size, uapi.KvmIrqRouting.SIZE) if size else b""
-    vm.set_routing(RoutingTable.build(vm.arch, entries, vm.routing))
+    vm.set_routing(RoutingTable.build(vm, entries, vm.routing))
 
 
 def irqfd(file: VmFile, fd: int, gsi: int, flags: int, resamplefd: int, _pad: bytes) -> None:

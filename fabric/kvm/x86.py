@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fabric.devices.registry import DEVICE_TYPES
+from fabric.devices.x86.irqchip import SOURCE_RESAMPLE, SOURCE_USERSPACE
 from fabric.errors import KvmError
 from fabric.kvm import vm_fd, x86_clock, x86_irqchip, x86_lapic, x86_pit, x86_vcpu
 from fabric.kvm.arch import GENERIC_CAPABILITIES, Architecture
 from fabric.kvm.dispatch import Ioctl
+from fabric.kvm.routing import PinRoute
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.vcpu.x86 import X86Vcpu
@@ -98,14 +100,20 @@ class X86(Architecture):
     def routing_allowed(self, vm: Vm) -> bool:
         return x86_irqchip.ready(vm)
 
-    def check_route(self, route: Route) -> None:
-        x86_irqchip.check_route(route)
+    def check_route(self, vm: Vm, route: Route) -> None:
+        x86_irqchip.check_route(vm, route)
 
-    def set_irq(self, vm: Vm, route: Route, level: bool) -> int:
-        return x86_irqchip.set_irq(vm, route, level)
+    def set_irq(self, vm: Vm, route: Route, level: bool, resample: bool = False) -> int:
+        return x86_irqchip.drive(vm, route, level, SOURCE_RESAMPLE if resample else SOURCE_USERSPACE)
 
-    def injector(self, vm: Vm, routes: tuple[Route, ...]) -> Callable[[], object]:
-        return x86_irqchip.injector(vm, routes)
+    def injector(self, vm: Vm, routes: tuple[Route, ...], resample: bool) -> Callable[[], object]:
+        return x86_irqchip.injector(vm, routes, resample)
+
+    def gsi_told(self, vm: Vm, route: Route) -> int | None:
+        return vm.routing.gsi_of_pin(route.irqchip, route.pin) if isinstance(route, PinRoute) else None
+
+    def on_end(self, vm: Vm, route: Route, ended: Callable[[], None]) -> Callable[[], None]:
+        return x86_irqchip.on_end(vm, route, ended)
 
     def deliver_msi(self, vm: Vm, msi: Msi) -> int:
         return x86_lapic.deliver_msi(vm, msi)
