@@ -1,14 +1,16 @@
 """How interrupt messages find local APICs: destinations, shorthands, lowest priority.
 
-A message reaches the local APICs that its destination names. KVM looks most destinations up in a map of the VM's local
-APICs, which is rebuilt when one of them changes its id, its mode, its logical destination or is (un)plugged or enabled; what
-the map cannot say (broadcasts, shorthands, odd logical destinations) asks every local APIC in turn. The two ways differ in
-what they report when nobody was reached: 0 where the map knew the destination, -1 where it had to ask.
+A message reaches the local APICs that its destination names. KVM looks most destinations up in a map of the VM's
+local APICs, which is rebuilt when one of them changes its id, its mode, its logical destination or is (un)plugged or
+enabled; what the map cannot say (broadcasts, shorthands, odd logical destinations) asks every local APIC in turn. The
+two ways differ in what they report when nobody was reached: 0 where the map knew the destination, -1 where it had to
+ask.
 
 Lowest priority (a delivery mode, and the redirection hint of a MSI): with vector hashing, as hosts have it, the
 (vector mod n)-th of the n candidates; without, the candidate that was chosen least often so far.
 
-Sources: Intel SDM vol. 3, 11.6.2 (determining destinations), 11.11 (MSI format); KVM_CAP_X2APIC_API of the KVM API document.
+Sources: Intel SDM vol. 3, 11.6.2 (determining destinations), 11.11 (MSI format); KVM_CAP_X2APIC_API of the KVM API
+document.
 """
 
 from __future__ import annotations
@@ -109,13 +111,13 @@ class ApicBus:
     Attributes that others set:
 
     - ``x2apic_format`` and ``broadcast_quirk_disabled``: what KVM_CAP_X2APIC_API turned on;
-    - ``eoi_listeners``: called with (vector, local APIC, whether it was level-triggered) at each end of interrupt that is
-      broadcast.
+    - ``eoi_listeners``: called with (vector, local APIC, whether it was level-triggered) at each end of interrupt
+      that is broadcast.
     """
 
     __slots__ = (
-        "_map",
         "_events",
+        "_map",
         "apics",
         "broadcast_quirk_disabled",
         "eoi_listeners",

@@ -3,11 +3,11 @@
 An edge sends its message once. A level sends it and sets remote IRR; the end of that interrupt at a local APIC comes
 back (:meth:`Ioapic.eoi`), clears remote IRR, and sends again while the line is high.
 
-Status of an input, as KVM_IRQ_LINE_STATUS reports it: -1 nothing went out (masked, in service, or nobody there), 0 merged
-into one that waits already, n taken by n local APICs; 1 for a line that is lowered.
+Status of an input, as KVM_IRQ_LINE_STATUS reports it: -1 nothing went out (masked, in service, or nobody there), 0
+merged into one that waits already, n taken by n local APICs; 1 for a line that is lowered.
 
-Accounting: the local APICs account for messages. Here an edge that is merged counts as raised and coalesced, one that meets
-a masked entry as dropped.
+Accounting: the local APICs account for messages. Here an edge that is merged counts as raised and coalesced, one that
+meets a masked entry as dropped.
 
 Kept from KVM: the polarity of an entry is not looked at (KVM_CAP_IOAPIC_POLARITY_IGNORED); the input of the clock (8)
 does not send again before every local APIC that took it has ended it.

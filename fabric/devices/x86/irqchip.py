@@ -1,7 +1,7 @@
 """The in-kernel irqchip of an x86 VM: what KVM_CREATE_IRQCHIP makes, whole or split.
 
-Whole, it is the 8259 pair, the IOAPIC and the local APICs; split (KVM_CAP_SPLIT_IRQCHIP) the local APICs alone, while the
-VMM has PIC, PIT and IOAPIC and sends their messages itself.
+Whole, it is the 8259 pair, the IOAPIC and the local APICs; split (KVM_CAP_SPLIT_IRQCHIP) the local APICs alone, while
+the VMM has PIC, PIT and IOAPIC and sends their messages itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The 8259A pair: two interrupt controllers of eight inputs, the second cascaded into input 2 of the first.
 
-Ports: 0x20 and 0x21 (master), 0xa0 and 0xa1 (slave), and the edge/level control registers 0x4d0 and 0x4d1. The
-output of the master is the ExtINT input of the local APICs; the CPU that takes it reads a vector (:meth:`Pic.acknowledge`).
+Ports: 0x20 and 0x21 (master), 0xa0 and 0xa1 (slave), and the edge/level control registers 0x4d0 and 0x4d1. The output
+of the master is the ExtINT input of the local APICs; the CPU that takes it reads a vector (:meth:`Pic.acknowledge`).
 
 Accounting: an input counts as raised when it waits unmasked for the CPU; it is delivered when the CPU acknowledges it,
 and a level that is still high when its service ends counts as another one. An input that goes low before is dropped.
