@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.devices.registry import DEVICE_TYPES
 from fabric.devices.x86.irqchip import SOURCE_RESAMPLE, SOURCE_USERSPACE
+from fabric.devices.x86.lapic import Lapic
 from fabric.errors import KvmError
 from fabric.kvm import vm_fd, x86_clock, x86_irqchip, x86_lapic, x86_pit, x86_vcpu
 from fabric.kvm.arch import GENERIC_CAPABILITIES, Architecture
@@ -36,10 +37,14 @@ ADDRESS_BITS = 52
 class X86VmPart:
     """What the KVM layer keeps for an x86 VM."""
 
-    __slots__ = ()
+    __slots__ = ("boot_cpu_id", "broadcast_quirk_disabled", "max_vcpu_id", "x2apic_format")
 
     def __init__(self, vm: Vm) -> None:
-        pass
+        self.boot_cpu_id = 0
+        self.max_vcpu_id: int | None = None
+        """KVM_CAP_MAX_VCPU_ID, once set."""
+        self.x2apic_format = False
+        self.broadcast_quirk_disabled = False
 
 
 class X86(Architecture):
@@ -86,7 +91,11 @@ class X86(Architecture):
         pass
 
     def new_vcpu(self, vm: Vm, vcpu_id: int, index: int) -> tuple[X86Vcpu, Any]:
-        return X86Vcpu(vm, vcpu_id, index, vm.engine), None
+        vcpu = X86Vcpu(vm, vcpu_id, index, vm.engine, is_bsp=vcpu_id == vm.part.boot_cpu_id)
+        irqchip = vm.irqchip
+        if irqchip is not None:
+            Lapic(irqchip.apics, vcpu, None if irqchip.pic is None else irqchip.pic.acknowledge)
+        return vcpu, None
 
     def vcpu_created(self, file: VcpuFile) -> None:
         pass

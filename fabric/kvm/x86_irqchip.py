@@ -68,6 +68,7 @@ def create_irqchip(file: VmFile, _arg: int) -> None:
     if vm.vcpus:
         raise KvmError(errno.EINVAL, "an irqchip comes before the vCPUs")
     X86Irqchip(vm)
+    x86_lapic.apply_x2apic_api(vm)
     vm.set_routing(default_routes())
 
 
@@ -81,6 +82,7 @@ def enable_split_irqchip(file: VmFile, cap: uapi.KvmEnableCap) -> None:
     if vm.vcpus:
         raise KvmError(errno.EEXIST, "a split irqchip comes before the vCPUs")
     X86Irqchip(vm, split=True, reserved_pins=pins)
+    x86_lapic.apply_x2apic_api(vm)
     vm.set_routing(RoutingTable())
 
 

@@ -120,6 +120,7 @@ class ApicBus:
         "_map",
         "apics",
         "broadcast_quirk_disabled",
+        "cycle_ns",
         "eoi_listeners",
         "extint",
         "lazy_map",
@@ -139,6 +140,8 @@ class ApicBus:
         self.eoi_listeners: list[Callable[[int, Lapic, bool], None]] = []
         self.extint = False
         """The output of the 8259 pair."""
+        self.cycle_ns = 1
+        """ns a bus cycle of the timers."""
         self._map: ApicMap | None = None
         self._events: IrqEvents | None = None
         vm.ledger.add_pending_probe(lambda: sum(apic.count_open() for apic in self.apics))

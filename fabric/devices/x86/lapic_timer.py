@@ -51,6 +51,10 @@ class LapicTimer:
         cycle: int = self.apic.bus.cycle_ns
         return cycle
 
+    def offer_tsc_deadline(self, offered: bool) -> None:
+        """Whether the guest's CPUID has TSC-deadline mode."""
+        self.mode_mask = MODES if offered else PERIODIC
+
     def cancel(self) -> None:
         """Do not fire."""
         self._timer.cancel()
