@@ -106,9 +106,8 @@ class PicChip:
         rank = self._first(self.irr & ~self.imr)
         if rank == 8:
             return -1
+        # KVM keeps special mask mode, but masked inputs in service hold back others all the same.
         in_service = self.isr
-        if self.special_mask:
-            in_service &= ~self.imr
         if self.special_fully_nested_mode and not self.first_pin:
             # The slave may interrupt its own service routine.
             in_service &= ~(1 << CASCADE)
