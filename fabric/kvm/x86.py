@@ -16,7 +16,7 @@ from fabric.devices.registry import DEVICE_TYPES
 from fabric.devices.x86.irqchip import SOURCE_RESAMPLE, SOURCE_USERSPACE
 from fabric.devices.x86.lapic import Lapic
 from fabric.errors import KvmError
-from fabric.kvm import vm_fd, x86_clock, x86_irqchip, x86_lapic, x86_pit, x86_vcpu
+from fabric.kvm import vm_fd, x86_clock, x86_events, x86_irqchip, x86_lapic, x86_pit, x86_vcpu
 from fabric.kvm.arch import GENERIC_CAPABILITIES, Architecture
 from fabric.kvm.dispatch import Ioctl
 from fabric.kvm.routing import PinRoute
@@ -37,13 +37,24 @@ ADDRESS_BITS = 52
 class X86VmPart:
     """What the KVM layer keeps for an x86 VM."""
 
-    __slots__ = ("boot_cpu_id", "broadcast_quirk_disabled", "max_vcpu_id", "x2apic_format")
+    __slots__ = (
+        "boot_cpu_id",
+        "broadcast_quirk_disabled",
+        "directed_eoi",
+        "exception_payload",
+        "max_vcpu_id",
+        "triple_fault_event",
+        "x2apic_format",
+    )
 
     def __init__(self, vm: Vm) -> None:
         self.boot_cpu_id = 0
         self.max_vcpu_id: int | None = None
         """KVM_CAP_MAX_VCPU_ID, once set."""
         self.x2apic_format = False
+        self.directed_eoi: bool | None = None
+        """What KVM_CAP_X2APIC_API said of directed EOI; None: as with a split irqchip."""
+        self.exception_payload = self.triple_fault_event = False
         self.broadcast_quirk_disabled = False
 
 
@@ -64,8 +75,9 @@ class X86(Architecture):
         *x86_lapic.VM_TABLE,
         *x86_clock.VM_TABLE,
         *x86_vcpu.VM_TABLE,
+        *x86_events.VM_TABLE,
     )
-    vcpu_table = (*x86_lapic.VCPU_TABLE, *x86_clock.VCPU_TABLE, *x86_vcpu.VCPU_TABLE)
+    vcpu_table = (*x86_lapic.VCPU_TABLE, *x86_clock.VCPU_TABLE, *x86_vcpu.VCPU_TABLE, *x86_events.VCPU_TABLE)
     mmap_size = 3 * uapi.PAGE_SIZE  # struct kvm_run, port I/O data, the ring of coalesced MMIO
     max_vcpu_ids = MAX_VCPU_IDS
     max_vcpus = MAX_VCPUS
@@ -93,7 +105,9 @@ class X86(Architecture):
     def new_vcpu(self, vm: Vm, vcpu_id: int, index: int) -> tuple[X86Vcpu, Any]:
         vcpu = X86Vcpu(vm, vcpu_id, index, vm.engine, is_bsp=vcpu_id == vm.part.boot_cpu_id)
         irqchip = vm.irqchip
-        if irqchip is not None:
+        if irqchip is None:
+            vcpu.mp_state = uapi.KVM_MP_STATE_RUNNABLE
+        else:
             Lapic(irqchip.apics, vcpu, None if irqchip.pic is None else irqchip.pic.acknowledge)
         return vcpu, None
 
@@ -137,6 +151,7 @@ _ENABLE_CAP = {
     **x86_lapic.ENABLE_CAP,
     **x86_clock.ENABLE_CAP,
     **x86_vcpu.ENABLE_CAP,
+    **x86_events.ENABLE_CAP,
 }
 
 

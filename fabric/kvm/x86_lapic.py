@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fabric.kvm.vm import VcpuFile, Vm, VmFile
 
 _X2APIC_API_FLAGS = 0xF
+_DIRECTED_EOI_ON, _DIRECTED_EOI_OFF = 4, 8
+"""Flags of Linux 6.18: local APICs can, or cannot, keep an end of interrupt from the VMM's IOAPIC."""
 
 
 def lapic_of(file: VcpuFile) -> Lapic:
@@ -98,9 +100,14 @@ def enable_x2apic_api(file: VmFile, cap: uapi.KvmEnableCap) -> None:
     flags = cap.args[0]
     if flags & ~_X2APIC_API_FLAGS:
         raise KvmError(errno.EINVAL, f"flags must be in {_X2APIC_API_FLAGS:#x}, not {flags:#x}")
+    both = flags & _DIRECTED_EOI_ON and flags & _DIRECTED_EOI_OFF
+    if both or (flags & _DIRECTED_EOI_ON and (file.vm.irqchip is None or not file.vm.irqchip.split)):
+        raise KvmError(errno.EINVAL, f"directed EOI is on or off, and on with a split irqchip only; not {flags:#x}")
     part = file.vm.part
     part.x2apic_format |= bool(flags & KVM_X2APIC_API_USE_32BIT_IDS)
     part.broadcast_quirk_disabled |= bool(flags & KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)
+    if flags & (_DIRECTED_EOI_ON | _DIRECTED_EOI_OFF):
+        part.directed_eoi = bool(flags & _DIRECTED_EOI_ON)
     if file.vm.irqchip is not None:
         apply_x2apic_api(file.vm)
 
@@ -110,6 +117,8 @@ def apply_x2apic_api(vm: Vm) -> None:
     bus = vm.irqchip.apics
     bus.x2apic_format = vm.part.x2apic_format
     bus.broadcast_quirk_disabled = vm.part.broadcast_quirk_disabled
+    if vm.part.directed_eoi is not None:
+        bus.directed_eoi = vm.part.directed_eoi
     bus.changed()
 
 

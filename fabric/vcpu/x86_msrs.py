@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from fabric.devices.x86.lapic import BASE_ENABLE, BASE_X2APIC, MSR_BASE, NotWritable
+from fabric.devices.x86.lapic import MSR_BASE, NotWritable
 from fabric.uapi.x86 import MSR_IA32_APICBASE
 
 if TYPE_CHECKING:
     from fabric.vcpu.x86 import X86Vcpu
 
 X2APIC_MSRS = range(MSR_BASE, MSR_BASE + 0x100)
-_BASE_RESERVED = 0xFF | 1 << 9 | -1 << 52
 
 
 class BadMsr(Exception):
@@ -38,19 +37,10 @@ def _read_apic_base(vcpu: X86Vcpu) -> int:
 
 
 def _write_apic_base(vcpu: X86Vcpu, value: int, host: bool) -> None:
-    modes = BASE_ENABLE | BASE_X2APIC
-    before, after = vcpu.apic_base & modes, value & modes
-    reserved = _BASE_RESERVED & (1 << 64) - 1
-    from fabric.vcpu.x86 import CPUID_1_ECX_X2APIC
-
-    if not vcpu.has_feature(CPUID_1_ECX_X2APIC):
-        reserved |= BASE_X2APIC
-    if value & reserved or after == BASE_X2APIC:
-        raise BadMsr
-    # A guest goes to x2APIC mode from xAPIC mode only, and leaves it by turning the local APIC off.
-    if not host and ((before == modes and after == BASE_ENABLE) or (not before and after == modes)):
-        raise BadMsr
-    vcpu.set_apic_base(value)
+    try:
+        vcpu.write_apic_base(value, host=host)
+    except ValueError as error:
+        raise BadMsr from error
 
 
 MSRS: dict[int, Msr] = {

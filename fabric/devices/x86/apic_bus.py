@@ -121,6 +121,7 @@ class ApicBus:
         "apics",
         "broadcast_quirk_disabled",
         "cycle_ns",
+        "directed_eoi",
         "eoi_listeners",
         "extint",
         "lazy_map",
@@ -140,6 +141,8 @@ class ApicBus:
         self.eoi_listeners: list[Callable[[int, Lapic, bool], None]] = []
         self.extint = False
         """The output of the 8259 pair."""
+        self.directed_eoi = False
+        """Local APICs in x2APIC-capable CPUs can keep an end of interrupt to themselves (SVR bit 12)."""
         self.cycle_ns = 1
         """ns a bus cycle of the timers."""
         self._map: ApicMap | None = None
@@ -216,7 +219,12 @@ class ApicBus:
             lowest: the redirection hint of a MSI.
             takers: is filled with those that took it.
         """
-        targets = self._find(dest, logical, mode, vector, shorthand, source, lowest or mode == MODE_LOWEST)
+        if mode == MODE_LOWEST and not lowest:
+            if not logical and dest == XAPIC_BROADCAST:
+                mode = MODE_FIXED  # a physical broadcast goes to all, unless the redirection hint narrows it
+            else:
+                lowest = True
+        targets = self._find(dest, logical, vector, shorthand, source, lowest)
         if targets is None:
             self._lost()
             return NOBODY
@@ -235,7 +243,7 @@ class ApicBus:
         self.vm.ledger.drop("no local APIC took it")
 
     def _find(
-        self, dest: int, logical: bool, mode: int, vector: int, shorthand: int, source: Lapic | None, lowest: bool
+        self, dest: int, logical: bool, vector: int, shorthand: int, source: Lapic | None, lowest: bool
     ) -> list[Lapic] | None:
         """Whom a message reaches; None where the map could not say, and nobody was found."""
         if shorthand == SELF:
@@ -244,8 +252,6 @@ class ApicBus:
             found = self._look_up(dest, logical, vector, source, lowest)
             if found is not None:
                 return found
-        if not logical and dest == XAPIC_BROADCAST and lowest:
-            lowest = False  # a physical broadcast goes to all
         named = [apic for apic in self.apics if apic.hw_enabled and self._named(apic, dest, logical, shorthand, source)]
         if lowest:
             named = [apic for apic in named if apic.sw_enabled]

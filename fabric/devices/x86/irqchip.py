@@ -43,6 +43,7 @@ class X86Irqchip:
         self.reserved_pins = reserved_pins
         self._events: IrqEvents | None = None
         self.apics = ApicBus(vm)
+        self.apics.directed_eoi = split
         self.pic: Pic | None = None
         self.ioapic: Ioapic | None = None
         self.pit: Any = None

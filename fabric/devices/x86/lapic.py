@@ -104,6 +104,7 @@ class Lapic:
         "line",
         "page",
         "ppr",
+        "shown_ppr",
         "sw_enabled",
         "take_extint",
         "timer",
@@ -131,7 +132,7 @@ class Lapic:
         """Vectors that end when they are taken (Hyper-V)."""
         self.timer = LapicTimer(self)
         self.page = bytearray(PAGE_SIZE)
-        self.irr = self.isr = self.tmr = self.icr = self.tpr = self.ppr = 0
+        self.irr = self.isr = self.tmr = self.icr = self.tpr = self.ppr = self.shown_ppr = 0
         self.line = False
         self.base = 0
         self.hw_enabled = self.sw_enabled = self.x2apic = self.flat = self.clustered = False
@@ -218,7 +219,7 @@ class Lapic:
         """Recompute PPR and ``line``, and tell the CPU when there is something to take."""
         in_service = self.isr.bit_length() - 1 if self.isr else 0
         tpr = self.tpr & 0xFF
-        self.ppr = tpr if tpr & 0xF0 >= in_service & 0xF0 else in_service & 0xF0
+        self.ppr = self.shown_ppr = tpr if tpr & 0xF0 >= in_service & 0xF0 else in_service & 0xF0
         was = self.line
         self.line = self.waits or self.extint
         if self.line and not was:
@@ -249,7 +250,9 @@ class Lapic:
         self.irr ^= bit
         if not self.auto_eoi & bit:
             self.isr |= bit
-            self.ppr = vector & 0xF0  # in service with the highest priority: it was above PPR, hence above TPR
+            self.ppr = self.shown_ppr = (
+                vector & 0xF0
+            )  # in service with the highest priority: it was above PPR, hence above TPR
         self.line = self.waits or self.extint
         self.ledger.delivered += 1
         if self._events is not None:
@@ -418,7 +421,15 @@ class Lapic:
     @property
     def version(self) -> int:
         """LVR: version and the number of LVT entries; directed EOI where the VMM has the IOAPIC."""
-        return VERSION | len(LVT_WRITABLE) - 1 << 16 | (LVR_DIRECTED_EOI if self.vcpu.directed_eoi else 0)
+        return (
+            VERSION
+            | len(LVT_WRITABLE) - 1 << 16
+            | (LVR_DIRECTED_EOI if self.bus.directed_eoi and self.vcpu.has_x2apic else 0)
+        )
+
+    def version_changed(self) -> None:
+        """What the version tells of may have changed."""
+        self._store(LVR, self.version)
 
     def ids_changed(self) -> None:
         """What destinations are matched with may have changed."""
@@ -439,7 +450,7 @@ class Lapic:
             for n, offset in enumerate(_WORDS):
                 pack_into("<I", page, base + offset, bits >> 32 * n & 0xFFFF_FFFF)
         pack_into("<I", page, TPR, self.tpr)
-        pack_into("<I", page, PPR, self.ppr)
+        pack_into("<I", page, PPR, self.shown_ppr)
         pack_into("<I", page, TMCCT, self.timer.count)
         if self.x2apic:
             number = self.x2apic_id if self.bus.x2apic_format else self.x2apic_id << 24 & 0xFFFF_FFFF
@@ -464,11 +475,16 @@ class Lapic:
         if gone:
             self.ledger.drop("local APIC state replaced", gone.bit_count())
         self.ledger.raised += new.bit_count()
+        was_in_service = self.isr
         self.isr, self.tmr, self.irr = bits
         self.tpr = self.word(TPR)
         self.arbitrations = 0
         self.ids_changed()
         self.update()
+        if not was_in_service:
+            # KVM counts what is in service after it has computed the PPR; until something has it computed again,
+            # KVM_GET_LAPIC shows one that misses the new interrupts in service.
+            self.shown_ppr = self.tpr & 0xFF
         self.timer.restore(self.word(TMCCT))
         self._store(TMCCT, 0)
 
