@@ -219,9 +219,10 @@ class ApicBus:
             lowest: the redirection hint of a MSI.
             takers: is filled with those that took it.
         """
-        if mode == MODE_LOWEST and not lowest:
-            if not logical and dest == XAPIC_BROADCAST:
-                mode = MODE_FIXED  # a physical broadcast goes to all, unless the redirection hint narrows it
+        if lowest or mode == MODE_LOWEST:
+            if not logical and dest == XAPIC_BROADCAST and not shorthand:
+                # Whatever its mode was; to all, unless the redirection hint narrows it to one.
+                mode = MODE_FIXED
             else:
                 lowest = True
         targets = self._find(dest, logical, vector, shorthand, source, lowest)

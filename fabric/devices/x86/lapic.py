@@ -11,6 +11,7 @@ Sources: Intel SDM vol. 3, chapter 11 (APIC): 11.4 (registers), 11.5.1 (LVT), 11
 
 from __future__ import annotations
 
+import errno
 from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from fabric.devices.x86.apic_bus import (
     SELF,
 )
 from fabric.devices.x86.lapic_timer import LapicTimer
+from fabric.errors import KvmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -460,7 +462,14 @@ class Lapic:
         return bytes(page)
 
     def set_state(self, page: bytes) -> None:
-        """KVM_SET_LAPIC: everything but the version; in x2APIC mode the id and what follows from it stay."""
+        """KVM_SET_LAPIC: everything but the version; in x2APIC mode the id and what follows from it stay.
+
+        Raises:
+            KvmError: EINVAL for another id, where ids are written in full.
+        """
+        number = unpack_from("<I", page, ID)[0]
+        if self.x2apic and self.bus.x2apic_format and number != self.x2apic_id:
+            raise KvmError(errno.EINVAL, f"in x2APIC mode the id is {self.x2apic_id:#x}, not {number:#x}")
         self.page[:] = page
         self._store(LVR, self.version)
         if self.x2apic:
@@ -519,6 +528,11 @@ def _stored(offset: int) -> Callable[[Lapic], int]:
 
 def _bits(name: str, n: int) -> Callable[[Lapic], int]:
     return lambda apic: getattr(apic, name) >> 32 * n & 0xFFFF_FFFF
+
+
+def _read_ppr(apic: Lapic) -> int:
+    apic.shown_ppr = apic.ppr
+    return apic.ppr
 
 
 def _not_in_x2apic(apic: Lapic) -> None:
@@ -609,7 +623,7 @@ REGISTERS: dict[int, Register] = {
     LVR: Register("LVR", _stored(LVR)),
     TPR: Register("TPR", lambda apic: apic.tpr, _write_tpr),
     APR: Register("APR", _stored(APR), msr=False),
-    PPR: Register("PPR", lambda apic: apic.ppr),
+    PPR: Register("PPR", _read_ppr),
     EOI: Register("EOI", None, _write_eoi),
     LDR: Register("LDR", _stored(LDR), _write_ldr),
     DFR: Register("DFR", _stored(DFR), _write_dfr, msr=False),
