@@ -266,6 +266,9 @@ class Replayer:
                 return f"pointed-to buffer {now.hex()}"
         if "out" not in op and not isinstance(argument.value, bytearray):
             return None
+        if "bind" in op:
+            at = op["bind"]["at"]
+            buffer = buffer[:at] + argument.before[at : at + 4] + buffer[at + 4 :]
         if same(op["ioctl"], op.get("out"), argument.before, buffer):
             return None
         fields = abi.decode(op["ioctl"], buffer) if op["ioctl"] in abi.STRUCT_OF else None

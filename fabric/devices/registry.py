@@ -47,7 +47,7 @@ DEVICE_TYPES: Mapping[str, Mapping[int, type[Device]]] = {
         KVM_DEV_TYPE_ARM_VGIC_V3: VgicV3,
         KVM_DEV_TYPE_ARM_VGIC_ITS: Its,
     },
-    "x86_64": {},
+    "x86_64": {KVM_DEV_TYPE_VFIO: Vfio},
     "ppc64": {},
     "ppce500": {},
     "s390x": {},

@@ -22,6 +22,7 @@ from fabric.kvm.dispatch import Ioctl
 from fabric.kvm.routing import PinRoute
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
+from fabric.uapi.x86 import KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE
 from fabric.vcpu.x86 import X86Vcpu
 
 if TYPE_CHECKING:
@@ -29,6 +30,53 @@ if TYPE_CHECKING:
     from fabric.kvm.routing import Route
     from fabric.kvm.vm import VcpuFile, Vm, VmFile
 
+CAPABILITIES: dict[int, int] = {
+    **GENERIC_CAPABILITIES,
+    **dict.fromkeys(
+        (
+            uapi.KVM_CAP_IRQCHIP,
+            uapi.KVM_CAP_HLT,
+            uapi.KVM_CAP_VAPIC,
+            uapi.KVM_CAP_CLOCKSOURCE,
+            uapi.KVM_CAP_PIT,
+            uapi.KVM_CAP_MP_STATE,
+            uapi.KVM_CAP_USER_NMI,
+            uapi.KVM_CAP_REINJECT_CONTROL,
+            uapi.KVM_CAP_IRQ_INJECT_STATUS,
+            uapi.KVM_CAP_PIT2,
+            uapi.KVM_CAP_SET_BOOT_CPU_ID,
+            uapi.KVM_CAP_PIT_STATE2,
+            uapi.KVM_CAP_IOEVENTFD,
+            uapi.KVM_CAP_VCPU_EVENTS,
+            uapi.KVM_CAP_PCI_SEGMENT,
+            uapi.KVM_CAP_ENABLE_CAP,
+            uapi.KVM_CAP_GET_TSC_KHZ,
+            uapi.KVM_CAP_ONE_REG,
+            uapi.KVM_CAP_TSC_DEADLINE_TIMER,
+            uapi.KVM_CAP_KVMCLOCK_CTRL,
+            uapi.KVM_CAP_DEVICE_CTRL,
+            uapi.KVM_CAP_IOAPIC_POLARITY_IGNORED,
+            uapi.KVM_CAP_IOEVENTFD_NO_LENGTH,
+            uapi.KVM_CAP_DISABLE_QUIRKS,
+            uapi.KVM_CAP_SPLIT_IRQCHIP,
+            uapi.KVM_CAP_VCPU_ATTRIBUTES,
+            uapi.KVM_CAP_IMMEDIATE_EXIT,
+            uapi.KVM_CAP_EXCEPTION_PAYLOAD,
+            uapi.KVM_CAP_STEAL_TIME,
+            uapi.KVM_CAP_SYS_ATTRIBUTES,
+            uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+            uapi.KVM_CAP_X86_APIC_BUS_CYCLES_NS,
+        ),
+        1,
+    ),
+    uapi.KVM_CAP_ADJUST_CLOCK: KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
+    uapi.KVM_CAP_MCE: 32,
+    uapi.KVM_CAP_X86_DISABLE_EXITS: 14,
+    uapi.KVM_CAP_DISABLE_QUIRKS2: 0x5FF,
+}
+"""What does not depend on the host's options or the VM."""
+X2APIC_API_FLAGS = 0xF
+DIRECTED_EOI_ON = 4
 MAX_VCPU_IDS = 4096
 MAX_VCPUS = 1024
 ADDRESS_BITS = 52
@@ -49,8 +97,8 @@ class X86VmPart:
 
     def __init__(self, vm: Vm) -> None:
         self.boot_cpu_id = 0
-        self.max_vcpu_id: int | None = None
-        """KVM_CAP_MAX_VCPU_ID, once set."""
+        self.max_vcpu_id = 0
+        """KVM_CAP_MAX_VCPU_ID; 0 until it is set."""
         self.x2apic_format = False
         self.directed_eoi: bool | None = None
         """What KVM_CAP_X2APIC_API said of directed EOI; None: as with a split irqchip."""
@@ -65,10 +113,17 @@ class X86(Architecture):
     defaults = {  # noqa: RUF012  # declared ClassVar in the base
         "host_cpus": 2,
         "vector_hashing": True,
+        "smm": True,
+        "hyperv": True,
+        "xen": False,
+        "tsc_khz": 2_600_000,
+        "tsc_start": 0,
+        "tsc_scaling": False,
         "apic_map_lag": False,
         "scan_on_entry": False,
         "timer_on_entry": False,
     }
+    system_table = x86_vcpu.SYSTEM_TABLE
     vm_table = (
         *x86_irqchip.VM_TABLE,
         *x86_pit.VM_TABLE,
@@ -82,8 +137,33 @@ class X86(Architecture):
     max_vcpu_ids = MAX_VCPU_IDS
     max_vcpus = MAX_VCPUS
 
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        smm, hyperv, xen = (int(options[name]) for name in ("smm", "hyperv", "xen"))
+        self._capabilities = {
+            **CAPABILITIES,
+            uapi.KVM_CAP_NR_VCPUS: options["host_cpus"],
+            uapi.KVM_CAP_NR_MEMSLOTS: 32764,
+            uapi.KVM_CAP_MAX_VCPUS: MAX_VCPUS,
+            uapi.KVM_CAP_MAX_VCPU_ID: MAX_VCPU_IDS,
+            uapi.KVM_CAP_X86_SMM: smm,
+            uapi.KVM_CAP_INTR_SHADOW: 1,
+            uapi.KVM_CAP_HYPERV: hyperv,
+            uapi.KVM_CAP_HYPERV_TIME: hyperv,
+            uapi.KVM_CAP_HYPERV_SYNIC: hyperv,
+            uapi.KVM_CAP_HYPERV_SYNIC2: hyperv,
+            uapi.KVM_CAP_HYPERV_EVENTFD: hyperv,
+            uapi.KVM_CAP_XEN_HVM: xen,
+            uapi.KVM_CAP_TSC_CONTROL: int(options["tsc_scaling"]),
+            uapi.KVM_CAP_VM_TSC_CONTROL: int(options["tsc_scaling"]),
+        }
+
     def capability(self, cap: int, vm: Vm | None) -> int:
-        return GENERIC_CAPABILITIES.get(cap, 0)
+        if cap == uapi.KVM_CAP_X2APIC_API:
+            # Directed EOI can be turned on with a split irqchip only.
+            able = vm is None or (vm.irqchip is not None and vm.irqchip.split)
+            return X2APIC_API_FLAGS if able else X2APIC_API_FLAGS & ~DIRECTED_EOI_ON
+        return self._capabilities.get(cap, 0)
 
     def address_bits(self, machine_type: int) -> int:
         if machine_type:
@@ -100,7 +180,9 @@ class X86(Architecture):
         return cls
 
     def check_new_vcpu(self, vm: Vm, vcpu_id: int) -> None:
-        pass
+        limit = vm.part.max_vcpu_id
+        if limit and vcpu_id >= limit:
+            raise KvmError(errno.EINVAL, f"KVM_CAP_MAX_VCPU_ID allows ids below {limit}, not {vcpu_id}")
 
     def new_vcpu(self, vm: Vm, vcpu_id: int, index: int) -> tuple[X86Vcpu, Any]:
         vcpu = X86Vcpu(vm, vcpu_id, index, vm.engine, is_bsp=vcpu_id == vm.part.boot_cpu_id)
@@ -118,7 +200,9 @@ class X86(Architecture):
         file.vcpu.has_run = True
 
     def irqfd_ready(self, vm: Vm) -> bool:
-        return x86_irqchip.ready(vm)
+        if vm.irqchip is None:
+            raise KvmError(errno.EINVAL, "an irqfd needs an in-kernel irqchip")
+        return True
 
     def routing_allowed(self, vm: Vm) -> bool:
         return x86_irqchip.ready(vm)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fabric.errors import KvmError
-from fabric.kvm.dispatch import POINTER, Ioctl, Pointer
+from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Pointer
 from fabric.uapi import ioctl as requests
-from fabric.uapi.kvm import KvmEnableCap
+from fabric.uapi.kvm import KVM_CAP_MAX_VCPU_ID, KvmEnableCap
 from fabric.uapi.x86 import KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrs
-from fabric.vcpu.x86_msrs import BadMsr, read_msr, write_msr
+from fabric.vcpu.x86_msrs import MSRS, BadMsr, read_msr, write_msr
 
 if TYPE_CHECKING:
     from fabric.kvm.vm import VcpuFile, VmFile
 
 MAX_CPUID_ENTRIES = 256
 MAX_IO_MSRS = 256
+MAX_BOOT_CPU_ID = 4096
+"""As large as no vCPU's id can be, and taken all the same."""
 
 
 def set_cpuid2(file: VcpuFile, ptr: Pointer) -> None:
@@ -64,11 +66,65 @@ def set_msrs(file: VcpuFile, ptr: Pointer) -> int:
     return len(entries)
 
 
-VM_TABLE: tuple[Ioctl, ...] = ()
+def get_cpuid2(file: VcpuFile, ptr: Pointer) -> None:
+    """KVM_GET_CPUID2: E2BIG, with the number there are, for an array that is too short."""
+    head = KvmCpuid2.unpack(ptr.read(KvmCpuid2.SIZE))
+    entries = file.vcpu.cpuid
+    if head.nent < len(entries):
+        ptr.write(KvmCpuid2(len(entries), head.padding).pack())
+        raise KvmError(errno.E2BIG, f"there are {len(entries)} entries, and room for {head.nent}")
+    ptr.write(KvmCpuid2(len(entries), head.padding).pack() + b"".join(entry.pack() for entry in entries))
+
+
+def enable_cap(_file: VcpuFile, cap: KvmEnableCap) -> None:
+    """KVM_ENABLE_CAP of a vCPU."""
+    handler = None if cap.flags else VCPU_ENABLE_CAP.get(cap.cap)
+    if handler is None:
+        raise KvmError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
+    handler(_file, cap)
+
+
+def set_boot_cpu_id(file: VmFile, vcpu_id: int) -> None:
+    """KVM_SET_BOOT_CPU_ID: before any vCPU; the id of the vCPU that starts."""
+    if vcpu_id > MAX_BOOT_CPU_ID:
+        raise KvmError(errno.EINVAL, f"a boot CPU id is at most {MAX_BOOT_CPU_ID}, not {vcpu_id}")
+    if file.vm.vcpus:
+        raise KvmError(errno.EBUSY, "the boot CPU is chosen before the vCPUs are created")
+    file.vm.part.boot_cpu_id = vcpu_id
+
+
+def set_max_vcpu_id(file: VmFile, cap: KvmEnableCap) -> None:
+    """KVM_CAP_MAX_VCPU_ID: once (0 is as if it had not been set), before any vCPU."""
+    part, limit = file.vm.part, cap.args[0]
+    if limit > MAX_BOOT_CPU_ID:
+        raise KvmError(errno.EINVAL, f"vCPU ids are below {MAX_BOOT_CPU_ID}, not {limit}")
+    if part.max_vcpu_id == limit:
+        return
+    if file.vm.vcpus or part.max_vcpu_id:
+        raise KvmError(errno.EINVAL, "the limit of vCPU ids is set once, before the vCPUs")
+    part.max_vcpu_id = limit
+
+
+def get_msr_index_list(_file: Any, ptr: Pointer) -> None:
+    """KVM_GET_MSR_INDEX_LIST: E2BIG, with the number there are, for an array that is too short."""
+    given = int.from_bytes(ptr.read(4), "little")
+    indices = sorted(MSRS)
+    ptr.write(len(indices).to_bytes(4, "little"))
+    if given < len(indices):
+        raise KvmError(errno.E2BIG, f"there are {len(indices)} MSRs, and room for {given}")
+    ptr.write(b"".join(index.to_bytes(4, "little") for index in indices), 4)
+
+
+VCPU_ENABLE_CAP: dict[int, Callable[[VcpuFile, KvmEnableCap], None]] = {}
+"""Capabilities of the vCPU fd that KVM_ENABLE_CAP turns on, and what does it."""
+SYSTEM_TABLE = (Ioctl(requests.KVM_GET_MSR_INDEX_LIST, POINTER, get_msr_index_list),)
+VM_TABLE: tuple[Ioctl, ...] = (Ioctl(requests.KVM_SET_BOOT_CPU_ID, VALUE, set_boot_cpu_id),)
 VCPU_TABLE: tuple[Ioctl, ...] = (
     Ioctl(requests.KVM_SET_CPUID2, POINTER, set_cpuid2),
+    Ioctl(requests.KVM_GET_CPUID2, POINTER, get_cpuid2),
+    Ioctl(requests.KVM_ENABLE_CAP, KvmEnableCap, enable_cap),
     Ioctl(requests.KVM_GET_MSRS, POINTER, get_msrs),
     Ioctl(requests.KVM_SET_MSRS, POINTER, set_msrs),
 )
-ENABLE_CAP: dict[int, Callable[[VmFile, KvmEnableCap], None]] = {}
+ENABLE_CAP: dict[int, Callable[[VmFile, KvmEnableCap], None]] = {KVM_CAP_MAX_VCPU_ID: set_max_vcpu_id}
 """Capabilities of the VM fd that KVM_ENABLE_CAP turns on, and what does it."""
