@@ -105,6 +105,10 @@ class VmServices(Protocol):
         """Install the flat GSI table: GSI n to irqchip 0 pin n."""
         ...
 
+    def gsi_of_pin(self, irqchip: int, pin: int) -> int | None:
+        """The GSI that is routed to an input of an in-kernel irqchip; where several are, the last."""
+        ...
+
     def is_open(self, fd: int) -> bool:
         """Whether a number names an open file: a kvm fd, an eventfd, or one of the process."""
         ...

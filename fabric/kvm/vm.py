@@ -131,6 +131,10 @@ class Vm:
         """Install the flat GSI table: GSI n to irqchip 0 pin n."""
         self.set_routing(RoutingTable.flat(nr_pins))
 
+    def gsi_of_pin(self, irqchip: int, pin: int) -> int | None:
+        """The GSI that is routed to an input; where several are, the last."""
+        return self.routing.gsi_of_pin(irqchip, pin)
+
     def is_open(self, fd: int) -> bool:
         """Whether a number names an open file: a kvm fd, an eventfd, or one of the process."""
         return self.kvm.is_open(fd)

@@ -28,6 +28,7 @@ NO_SHORTHAND, SELF, ALL, ALL_BUT_SELF = range(4)
 XAPIC_BROADCAST: Final = 0xFF
 X2APIC_BROADCAST: Final = 0xFFFF_FFFF
 NOBODY: Final = -1
+LVT0: Final = 0x350
 
 # How the logical destinations of a VM can be looked up.
 UNUSED, FLAT, CLUSTER, X2APIC, UNMAPPED = "unused", "flat", "cluster", "x2apic", "unmapped"
@@ -188,6 +189,12 @@ class ApicBus:
             self.extint = level
             for apic in self.apics:
                 apic.update()
+
+    def watchdog_tick(self) -> None:
+        """The 8254 ticks: when LINT0 of some local APIC is an NMI, all deliver their LINT0 (a watchdog's wiring)."""
+        if any(apic.nmi_on_lint0 for apic in self.apics):
+            for apic in self.apics:
+                apic.deliver_local(LVT0)
 
     # -- messages
 

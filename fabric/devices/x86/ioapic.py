@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fabric.devices.x86.apic_bus import ApicBus
     from fabric.trace.ledger import Ledger
 
+CHIP = 2
+"""Its number among the chips of an irqchip."""
 PINS = 24
 BASE = 0xFEC0_0000
 SIZE = 0x100
@@ -54,26 +56,38 @@ class Ioapic:
     Args:
         bus: where its messages go.
         ledger: the account.
+        on_end: called with (2, input) when an interrupt that an input sent ends.
+        on_mask: called with (2, input, whether it is masked now) when that changes.
         rtc_coalescing: report the clock's interrupt as merged while an earlier one is in service.
     """
 
     __slots__ = (
+        "_on_end",
+        "_on_mask",
         "base_address",
         "bus",
-        "ended_notifiers",
         "id",
         "ioregsel",
         "irr",
         "irr_delivered",
         "ledger",
-        "mask_notifiers",
         "redirtbl",
         "rtc_coalescing",
         "rtc_waiting",
         "sources",
     )
 
-    def __init__(self, bus: ApicBus, ledger: Ledger, *, rtc_coalescing: bool = True) -> None:
+    def __init__(
+        self,
+        bus: ApicBus,
+        ledger: Ledger,
+        on_end: Callable[[int, int], None],
+        on_mask: Callable[[int, int, bool], None],
+        *,
+        rtc_coalescing: bool = True,
+    ) -> None:
+        self._on_end = on_end
+        self._on_mask = on_mask
         self.bus = bus
         self.ledger = ledger
         self.rtc_coalescing = rtc_coalescing
@@ -89,10 +103,6 @@ class Ioapic:
         """Who holds each input high: a bit a source."""
         self.rtc_waiting: list[Any] = []
         """Local APICs that have not ended the clock's last interrupt."""
-        self.ended_notifiers: dict[int, list[Callable[[], None]]] = {}
-        """By input: called when an interrupt that it sent ends."""
-        self.mask_notifiers: dict[int, list[Callable[[bool], None]]] = {}
-        """By input: called with whether it is masked now, when that changes."""
 
     # -- lines
 
@@ -167,8 +177,7 @@ class Ioapic:
         for pin, entry in enumerate(self.redirtbl):
             if entry & VECTOR != vector:
                 continue
-            for notify in tuple(self.ended_notifiers.get(pin, ())):
-                notify()
+            self._on_end(CHIP, pin)
             if not level or not entry & LEVEL:
                 continue
             self.redirtbl[pin] &= ~REMOTE_IRR
@@ -185,14 +194,6 @@ class Ioapic:
             self.rtc_waiting.append(apic)
         elif not holds and apic in self.rtc_waiting:
             self.rtc_waiting.remove(apic)
-
-    def vectors(self) -> set[int]:
-        """The vectors whose end matters here: of level-triggered inputs, of the clock, and of watched ones."""
-        return {
-            entry & VECTOR
-            for pin, entry in enumerate(self.redirtbl)
-            if entry & LEVEL or pin == RTC_PIN or self.ended_notifiers.get(pin)
-        }
 
     # -- registers
 
@@ -241,8 +242,7 @@ class Ioapic:
     def _entry_changed(self, pin: int, before: int) -> None:
         entry = self.redirtbl[pin]
         if (before ^ entry) & MASKED:
-            for notify in tuple(self.mask_notifiers.get(pin, ())):
-                notify(bool(entry & MASKED))
+            self._on_mask(CHIP, pin, bool(entry & MASKED))
         if entry & LEVEL and self.irr >> pin & 1:
             self._send(pin)
 

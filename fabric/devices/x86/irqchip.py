@@ -35,13 +35,30 @@ class X86Irqchip:
         reserved_pins: with ``split``, GSIs below it belong to the VMM's IOAPIC: the end of their interrupts exits.
     """
 
-    __slots__ = ("_events", "apics", "ioapic", "pic", "pit", "reserved_pins", "split", "vm")
+    __slots__ = (
+        "_ended",
+        "_events",
+        "apics",
+        "gsi_ended",
+        "gsi_unmasked",
+        "ioapic",
+        "pic",
+        "pit",
+        "reserved_pins",
+        "split",
+        "vm",
+    )
 
     def __init__(self, vm: VmServices, *, split: bool = False, reserved_pins: int = 0) -> None:
         self.vm = vm
         self.split = split
         self.reserved_pins = reserved_pins
         self._events: IrqEvents | None = None
+        self._ended: dict[tuple[int, int], list[Callable[[], None]]] = {}
+        self.gsi_ended: dict[int, list[Callable[[], None]]] = {}
+        """By GSI: called at the end of an interrupt of an input that it is routed to."""
+        self.gsi_unmasked: dict[int, list[Callable[[], None]]] = {}
+        """By GSI: called when such an input is unmasked."""
         self.apics = ApicBus(vm)
         self.apics.directed_eoi = split
         self.pic: Pic | None = None
@@ -49,9 +66,9 @@ class X86Irqchip:
         self.pit: Any = None
         """The 8254, once it was created."""
         if not split:
-            self.pic = Pic(vm.ledger, self.apics.set_extint)
-            self.ioapic = Ioapic(self.apics, vm.ledger)
-            self.apics.eoi_listeners.append(self._ended)
+            self.pic = Pic(vm.ledger, self.apics.set_extint, self.pin_ended, self.pin_masked)
+            self.ioapic = Ioapic(self.apics, vm.ledger, self.pin_ended, self.pin_masked)
+            self.apics.eoi_listeners.append(self.ioapic.eoi)
             vm.mmio.add(ioapic_module.BASE, ioapic_module.SIZE, self.ioapic)
             for port, size in _PORTS:
                 vm.pio.add(port, size, PicPorts(self.pic, port))
@@ -76,15 +93,27 @@ class X86Irqchip:
             return -1 if self.ioapic is None else self.ioapic.set_irq(pin, level, source, reported=reported)
         return -1 if self.pic is None else self.pic.set_irq(8 * chip + pin, level, source)
 
-    def notifiers(self, chip: int, pin: int, *, mask: bool = False) -> list[Callable[..., None]]:
-        """The functions called at the end of an interrupt of that input, or with ``mask`` when its mask changes."""
-        if chip == CHIP_IOAPIC:
-            assert self.ioapic is not None
-            table: Any = self.ioapic.mask_notifiers if mask else self.ioapic.ended_notifiers
-            return table.setdefault(pin, [])  # type: ignore[no-any-return]
-        assert self.pic is not None
-        table = self.pic.mask_notifiers if mask else self.pic.ended_notifiers
-        return table.setdefault(8 * chip + pin, [])  # type: ignore[no-any-return]
+    def notifiers(self, chip: int, pin: int) -> list[Callable[[], None]]:
+        """The functions called at the end of an interrupt of that input."""
+        return self._ended.setdefault((chip, pin), [])
+
+    def pin_ended(self, chip: int, pin: int) -> None:
+        """An interrupt of an input ended."""
+        for notify in tuple(self._ended.get((chip, pin), ())):
+            notify()
+        if self.gsi_ended:
+            for notify in self.gsi_ended.get(self._gsi(chip, pin), ()):
+                notify()
+
+    def pin_masked(self, chip: int, pin: int, masked: bool) -> None:
+        """The mask of an input changed."""
+        if not masked and self.gsi_unmasked:
+            for notify in self.gsi_unmasked.get(self._gsi(chip, pin), ()):
+                notify()
+
+    def _gsi(self, chip: int, pin: int) -> int:
+        gsi = self.vm.gsi_of_pin(chip, pin)
+        return -1 if gsi is None else gsi
 
     def clear_source(self, source: int) -> None:
         """``source`` is gone."""
@@ -92,10 +121,6 @@ class X86Irqchip:
             self.ioapic.clear_source(source)
         if self.pic is not None:
             self.pic.clear_source(source)
-
-    def _ended(self, vector: int, apic: Any, level: bool) -> None:
-        assert self.ioapic is not None
-        self.ioapic.eoi(vector, apic, level)
 
     def _check(self) -> None:
         """Assert the invariants."""

@@ -355,6 +355,11 @@ class Lapic:
             source=self,
         )
 
+    @property
+    def nmi_on_lint0(self) -> bool:
+        """LINT0 is unmasked, and an NMI."""
+        return self.word(LVT0) & (MODE_MASK | LVT_MASKED) == MODE_NMI << MODE_SHIFT
+
     def deliver_local(self, entry: int) -> bool:
         """An interrupt of the local vector table; whether it was taken."""
         lvt = self.word(entry)

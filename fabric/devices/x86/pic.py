@@ -222,11 +222,21 @@ class Pic:
     Args:
         ledger: the account.
         output: called with the level of the pair's output (the ExtINT line) whenever it may have changed.
+        on_end: called with (chip, input) when the service of an input ends.
+        on_mask: called with (chip, input, whether it is masked now) when that changes.
     """
 
-    __slots__ = ("_output", "chips", "ended_notifiers", "events", "ledger", "level", "mask_notifiers", "sources")
+    __slots__ = ("_on_end", "_on_mask", "_output", "chips", "events", "ledger", "level", "sources")
 
-    def __init__(self, ledger: Ledger, output: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        output: Callable[[bool], None],
+        on_end: Callable[[int, int], None],
+        on_mask: Callable[[int, int, bool], None],
+    ) -> None:
+        self._on_end = on_end
+        self._on_mask = on_mask
         self.ledger = ledger
         self.events: IrqEvents | None = None
         self._output = output
@@ -234,10 +244,6 @@ class Pic:
         self.chips = (PicChip(self, 0, ELCR_MASTER), PicChip(self, 8, ELCR_SLAVE))
         self.sources = [0] * 16
         """Who holds each input high: a bit a source."""
-        self.ended_notifiers: dict[int, list[Callable[[], None]]] = {}
-        """By input: called when its service ends."""
-        self.mask_notifiers: dict[int, list[Callable[[bool], None]]] = {}
-        """By input: called with whether it is masked now, when that changes."""
         ledger.add_pending_probe(self.count_open)
 
     # -- lines
@@ -355,15 +361,13 @@ class Pic:
         chip = self.chips[pin >> 3]
         if self.events is not None:
             self.events.completed(0, chip.irq_base + (pin & 7))
-        for notify in tuple(self.ended_notifiers.get(pin, ())):
-            notify()
+        self._on_end(pin >> 3, pin & 7)
 
     def masked(self, first_pin: int, changed: int, imr: int) -> None:
         """The mask of a chip changed."""
         for pin in range(8):
             if changed >> pin & 1:
-                for notify in tuple(self.mask_notifiers.get(first_pin + pin, ())):
-                    notify(bool(imr >> pin & 1))
+                self._on_mask(first_pin >> 3, pin, bool(imr >> pin & 1))
 
     def count_open(self) -> int:
         """Inputs that wait."""
