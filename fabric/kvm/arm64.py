@@ -353,10 +353,10 @@ def enable_cap(file: VmFile, cap: uapi.KvmEnableCap) -> None:
 
 Arm64.vm_table = (
     Ioctl(requests.KVM_ARM_PREFERRED_TARGET, POINTER, preferred_target),
-    Ioctl(requests.KVM_IRQ_LINE, Members(uapi.KvmIrqLevel), irq_line),
-    Ioctl(requests.KVM_IRQ_LINE_STATUS, POINTER, irq_line_status),
-    Ioctl(requests.KVM_SIGNAL_MSI, Members(uapi.KvmMsi), signal_msi_call),
-    Ioctl(requests.KVM_CREATE_IRQCHIP, VALUE, create_irqchip),
-    Ioctl(requests.KVM_ARM_SET_DEVICE_ADDR, arm.KvmArmDeviceAddr, set_device_addr),
-    Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap),
+    Ioctl(requests.KVM_IRQ_LINE, Members(uapi.KvmIrqLevel), irq_line, "api.irq-line"),
+    Ioctl(requests.KVM_IRQ_LINE_STATUS, POINTER, irq_line_status, "api.irq-line-status"),
+    Ioctl(requests.KVM_SIGNAL_MSI, Members(uapi.KvmMsi), signal_msi_call, "api.signal-msi"),
+    Ioctl(requests.KVM_CREATE_IRQCHIP, VALUE, create_irqchip, "api.create-irqchip"),
+    Ioctl(requests.KVM_ARM_SET_DEVICE_ADDR, arm.KvmArmDeviceAddr, set_device_addr, "api.arm-set-device-addr"),
+    Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap, "api.enable-cap"),
 )

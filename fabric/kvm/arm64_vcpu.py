@@ -367,10 +367,10 @@ def _set_vcpu_events(file: VcpuFile, events: arm.KvmVcpuEvents) -> None:
 
 VCPU_TABLE = (
     *attribute_table(lambda file: file.part),
-    Ioctl(requests.KVM_ARM_VCPU_INIT, arm.KvmVcpuInit, _vcpu_init),
+    Ioctl(requests.KVM_ARM_VCPU_INIT, arm.KvmVcpuInit, _vcpu_init, "api.arm-vcpu-init"),
     Ioctl(requests.KVM_ARM_VCPU_FINALIZE, POINTER, _vcpu_finalize),
-    Ioctl(requests.KVM_GET_ONE_REG, POINTER, _get_one_reg),
-    Ioctl(requests.KVM_SET_ONE_REG, POINTER, _set_one_reg),
+    Ioctl(requests.KVM_GET_ONE_REG, POINTER, _get_one_reg, "api.get-one-reg"),
+    Ioctl(requests.KVM_SET_ONE_REG, POINTER, _set_one_reg, "api.set-one-reg"),
     Ioctl(requests.KVM_GET_MP_STATE, POINTER, _get_mp_state),
     Ioctl(requests.KVM_SET_MP_STATE, Members(uapi.KvmMpState), _set_mp_state),
     Ioctl(requests.KVM_GET_VCPU_EVENTS, POINTER, _get_vcpu_events),
