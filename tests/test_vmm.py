@@ -12,7 +12,7 @@ from fabric.guest.driver import Vector
 from fabric.guest.pci import MSIX_CONTROL, MSIX_TABLE, RINGS, write_msix
 from fabric.trace.ledger import LedgerStatement
 from fabric.vmm import BOARDS, Arm64Gicv3, Device, RecordedSource, run_guest
-from fabric.vmm.arm64_gicv3 import BAR_BASE
+from fabric.vmm.arm64 import BAR_BASE
 from fabric.vmm.machine import SLOT_SIZE
 
 BOARD = "arm64-gicv3"
