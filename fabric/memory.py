@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 from bisect import bisect_left, bisect_right
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fabric.errors import KvmError
 from fabric.uapi.kvm import (
@@ -430,7 +430,14 @@ class GuestMemory:
 
 
 class MmioHandler(Protocol):
-    """Who answers a range of an address space."""
+    """Who answers a range of an address space; inheriting gives the usual ``exits`` and ``eoi_offset``."""
+
+    __slots__ = ()
+
+    exits: ClassVar[bool] = True
+    """An access leaves the guest. False where the host's hardware answers it in the kernel's place."""
+    eoi_offset: ClassVar[int] = -1
+    """Offset of the register whose write ends an interrupt without an exit; -1 where there is none."""
 
     def mmio_read(self, offset: int, size: int, vcpu: Any) -> int:
         """The value of a read of ``size`` bytes at ``offset`` from the range's base."""

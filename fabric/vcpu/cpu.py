@@ -165,7 +165,7 @@ class Cpu:
         if memory.is_backed(gpa, size):
             return _READ[size](memory, gpa)
         found = vcpu.vm.mmio.find(gpa, size)
-        if vcpu.costs.exit_ns:
+        if vcpu.costs.exit_ns and (found is None or found[0].exits):
             await self._spend(vcpu.costs.exit_ns)
         if found is not None:
             handler, offset = found
@@ -186,11 +186,13 @@ class Cpu:
                 await self._spend(vcpu.costs.exit_ns)
             return
         found = vcpu.vm.mmio.find(gpa, size)
-        if vcpu.costs.exit_ns:
+        if vcpu.costs.exit_ns and (found is None or found[0].exits):
             await self._spend(vcpu.costs.exit_ns)
         if found is not None:
             handler, offset = found
             handler.mmio_write(offset, size, value, vcpu)
+            if offset == handler.eoi_offset and vcpu.costs.eoi_ns:
+                vcpu.owe(vcpu.costs.eoi_ns)
             return
         await self._leave(MmioExit(gpa, size, value))
 

@@ -43,6 +43,7 @@ from fabric.devices.arm.vgic_its_state import ItsState
 from fabric.devices.arm.vgic_its_tables import VALID
 from fabric.devices.arm.vgic_lpi import load_config, pending_bit
 from fabric.errors import KvmError
+from fabric.memory import MmioHandler
 from fabric.uapi.kvm import KVM_MSI_VALID_DEVID
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class ItsGroup:
         """Those that hold a cached translation outside."""
 
 
-class Its:
+class Its(MmioHandler):
     """One ITS. Several may be in a VM, each at its own address, sharing the LPIs.
 
     Attributes that others read: ``enabled``; ``base``, the guest address or None; ``cbaser``, ``creadr``,

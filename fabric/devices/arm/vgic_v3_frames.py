@@ -16,6 +16,7 @@ import attrs
 
 from fabric.devices.arm.vgic_v3_regs import GICD, GICD_SIZE, GICR, GICR_SIZE
 from fabric.errors import KvmError
+from fabric.memory import MmioHandler
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
@@ -33,7 +34,7 @@ REGION_INDEX_MASK = 0xFF
 """The field is 12 bits wide; the kernel keeps the lower eight."""
 
 
-class DistributorFrame:
+class DistributorFrame(MmioHandler):
     """The distributor on the VM's MMIO space."""
 
     def __init__(self, vgic: VgicV3) -> None:
@@ -46,7 +47,7 @@ class DistributorFrame:
         GICD.write(self.vgic, offset, size, value)
 
 
-class RedistributorFrame:
+class RedistributorFrame(MmioHandler):
     """A vCPU's redistributor on the VM's MMIO space; any vCPU may access it."""
 
     def __init__(self, cpu: VgicV3Cpu) -> None:
