@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from heapq import heappush
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fabric.devices.arm.vgic_irq import (
     MIN_LPI,
@@ -49,6 +49,8 @@ class Vgic:
     - ``eoi_notifiers``: INTID to functions called when that level-triggered SPI ends (resample irqfds).
     """
 
+    model: ClassVar[str]
+    """What it is called in messages."""
     max_vcpus: ClassVar[int]
     cpu_class: ClassVar[type[VgicCpu]]
     initial_group: ClassVar[int]
@@ -92,6 +94,26 @@ class Vgic:
     def has_its(self) -> bool:
         """The VM has an ITS, hence LPIs."""
         return bool(self.its_list)
+
+    @classmethod
+    def create(cls, vm: VmServices) -> Self:
+        """KVM_CREATE_DEVICE.
+
+        Raises:
+            KvmError: EBUSY while a vCPU runs or when one has run, EEXIST when the VM has a GIC, E2BIG with more
+                vCPUs than the model takes.
+        """
+        with vm.lock_vcpus():
+            if vm.irqchip is not None:
+                raise KvmError(errno.EEXIST, "the VM has an in-kernel GIC already")
+            if any(vcpu.has_run for vcpu in vm.vcpus):
+                raise KvmError(errno.EBUSY, "a GIC must be created before any vCPU has run")
+            if len(vm.vcpus) > cls.max_vcpus:
+                raise KvmError(errno.E2BIG, f"a {cls.model} takes {cls.max_vcpus} vCPUs, not {len(vm.vcpus)}")
+            return cls(vm)
+
+    def destroy(self) -> None:
+        """The device fd was closed; the GIC lives as long as the VM."""
 
     # -- vCPUs and set-up ----------------------------------------------------------------------------------
 
@@ -529,5 +551,4 @@ class Vgic:
                 continue
             assert entry[2] is irq
             assert irq.active or (irq.enabled and irq.asserted)
-            queued = any(other is entry for other in (*entry[3].queue, *entry[3].queue0))
-            assert queued != irq.active
+            assert entry[3].is_queued(entry) != irq.active

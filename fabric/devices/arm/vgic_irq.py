@@ -24,7 +24,7 @@ Specification: GICv3 architecture (IHI 0069), chapters 4 (handling, prioritisati
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -505,6 +505,24 @@ class VgicCpu(_HotFields):
                 if entry[2].entry is entry:
                     entry[2].entry = None
             queue.clear()
+
+    def adopt(self, irq: VgicIrq, seq: int) -> None:
+        """Give an interrupt of a restored state the place it had; :meth:`arrange` when all have theirs."""
+        irq.entry = entry = (irq.priority, seq, irq, self)
+        if irq.active:
+            self.nr_active += 1
+        else:
+            (self.queue if irq.group else self.queue0).append(entry)
+
+    def arrange(self) -> None:
+        """Order what was adopted."""
+        heapify(self.queue)
+        heapify(self.queue0)
+        self.update()
+
+    def is_queued(self, entry: Entry) -> bool:
+        """Whether that very entry is in a queue, for checks."""
+        return any(other is entry for other in (*self.queue, *self.queue0))
 
     def _derived(self) -> tuple[int, ...]:
         return (self.mask0, self.mask1, self.threshold0, self.threshold, self.mixed, self.line)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from fabric.devices.arm.vgic_frames import TOP, UNDEFINED, check_range, overlap
 from fabric.devices.arm.vgic_v3_regs import GICD, GICD_SIZE, GICR, GICR_SIZE
 from fabric.errors import KvmError
 from fabric.memory import MmioHandler
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from fabric.devices.arm.vgic_v3 import VgicV3
     from fabric.devices.base import VcpuServices
 
-UNDEFINED = 0xFFFF_FFFF_FFFF_FFFF
-"""Address of a frame that is not placed."""
 ALIGNMENT = 0x1_0000
-TOP = 1 << 64
 REGION_COUNT_SHIFT = 52
 REGION_BASE_MASK = 0x000F_FFFF_FFFF_0000
 REGION_FLAGS_MASK = 0xF000
@@ -96,7 +94,7 @@ class Frames:
         """KVM_VGIC_V3_ADDR_TYPE_DIST."""
         if self.distributor != UNDEFINED:
             raise KvmError(errno.EEXIST, f"the distributor is at {self.distributor:#x} already")
-        self._check_range("distributor", base, GICD_SIZE)
+        check_range(self.vgic.vm, "distributor", base, GICD_SIZE, ALIGNMENT)
         self.distributor = base
 
     def add_legacy_region(self, base: int) -> None:
@@ -108,7 +106,7 @@ class Frames:
             if self.regions[-1].count:
                 raise KvmError(errno.EINVAL, "REDIST cannot be combined with REDIST_REGION, which was set before")
             raise KvmError(errno.EEXIST, f"the redistributors are at {self.regions[-1].base:#x} already")
-        if self.distributor != UNDEFINED and _overlap(base, size, self.distributor, GICD_SIZE):
+        if self.distributor != UNDEFINED and overlap(base, size, self.distributor, GICD_SIZE):
             raise KvmError(errno.EINVAL, f"redistributors from {base:#x} overlap the distributor")
         self._add(Region(0, base, 0), size)
 
@@ -128,7 +126,7 @@ class Frames:
         if index != expected:
             raise KvmError(errno.EINVAL, f"the next redistributor region has index {expected}, not {index}")
         for region in self.regions:
-            if _overlap(base, size, region.base, self._size(region)):
+            if overlap(base, size, region.base, self._size(region)):
                 raise KvmError(errno.EINVAL, f"region {index} at {base:#x} overlaps region {region.index}")
         self._add(Region(index, base, count), size)
 
@@ -140,7 +138,7 @@ class Frames:
         raise KvmError(errno.ENOENT, f"there is no redistributor region {index & REGION_INDEX_MASK}")
 
     def _add(self, region: Region, size: int) -> None:
-        self._check_range("redistributor region", region.base, size)
+        check_range(self.vgic.vm, "redistributor region", region.base, size, ALIGNMENT)
         self.regions.append(region)
         try:
             for cpu in self.vgic.cpus:
@@ -212,15 +210,6 @@ class Frames:
     def _size(self, region: Region) -> int:
         return (region.count or len(self.vgic.cpus)) * GICR_SIZE
 
-    def _check_range(self, what: str, base: int, size: int) -> None:
-        if base % ALIGNMENT:
-            raise KvmError(errno.EINVAL, f"{what} base {base:#x} is not 64 KiB aligned")
-        if base + size >= TOP:
-            raise KvmError(errno.EINVAL, f"{what} from {base:#x} wraps around the end of memory")
-        limit = 1 << self.vgic.vm.ipa_bits
-        if base >= limit or base + size > limit:
-            raise KvmError(errno.E2BIG, f"{what} at {base:#x} lies beyond the guest address space of {limit:#x}")
-
     def _check_layout(self) -> None:
         """The frames lie apart and within the address space. KvmError(EINVAL)."""
         limit = 1 << self.vgic.vm.ipa_bits
@@ -228,9 +217,5 @@ class Frames:
             size = self._size(region)
             if region.base + size > limit:
                 raise KvmError(errno.EINVAL, f"region {region.index} ends beyond {limit:#x}")
-            if self.distributor != UNDEFINED and _overlap(region.base, size, self.distributor, GICD_SIZE):
+            if self.distributor != UNDEFINED and overlap(region.base, size, self.distributor, GICD_SIZE):
                 raise KvmError(errno.EINVAL, f"region {region.index} overlaps the distributor")
-
-
-def _overlap(base: int, size: int, other: int, other_size: int) -> bool:
-    return base + size > other and base < other + other_size

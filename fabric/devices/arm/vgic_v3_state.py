@@ -7,39 +7,19 @@ resample irqfds), the ITSs, guest memory. Restore those, and the vCPUs with thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from heapq import heapify
 from typing import TYPE_CHECKING
 
 import attrs
 
-from fabric.devices.arm.vgic_irq import NR_PRIVATE_IRQS, VgicIrq, WiredIrq
-from fabric.devices.arm.vgic_v3_frames import UNDEFINED
+from fabric.devices.arm.vgic_frames import UNDEFINED
+from fabric.devices.arm.vgic_irq import NR_PRIVATE_IRQS, VgicIrq
+from fabric.devices.arm.vgic_state import IrqState, restore_irqs, save_irq
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
     from fabric.devices.arm.vgic_v3 import VgicV3
 
 VERSION = 1
-
-
-@attrs.frozen
-class IrqState:
-    """One interrupt. ``where`` and ``seq`` are its place at a vCPU, -1 when it is neither queued nor active."""
-
-    intid: int
-    priority: int
-    group: int
-    enabled: bool
-    pending: bool
-    active: bool
-    target: int
-    """vCPU index, -1 for none."""
-    where: int
-    seq: int
-    edge: bool = True
-    line: bool = False
-    route: int = 0
 
 
 @attrs.frozen
@@ -99,34 +79,18 @@ def save(vgic: VgicV3) -> VgicV3State:
         distributor=vgic.frames.distributor,
         regions=tuple((region.index, region.base, region.count) for region in vgic.frames.regions),
         cpus=tuple(_save_cpu(cpu) for cpu in vgic.cpus),
-        spis=tuple(_save_irq(irq) for irq in vgic.spis),
-        lpis=tuple(_save_irq(irq) for irq in vgic.lpis.values()),
+        spis=tuple(save_irq(irq) for irq in vgic.spis),
+        lpis=tuple(save_irq(irq) for irq in vgic.lpis.values()),
         unmapped=tuple(vgic.unmapped),
     )
 
 
 def _save_cpu(cpu: VgicV3Cpu) -> CpuState:
     return CpuState(
-        private=tuple(_save_irq(irq) for irq in cpu.private),
+        private=tuple(save_irq(irq) for irq in cpu.private),
         places=tuple(cpu.places.items()),
         **{name: getattr(cpu, name) for name in _CPU_FIELDS},
     )
-
-
-def _save_irq(irq: VgicIrq) -> IrqState:
-    entry = irq.entry
-    common = (
-        irq.intid,
-        irq.priority,
-        irq.group,
-        irq.enabled,
-        irq.pending,
-        irq.active,
-        -1 if irq.target is None else irq.target.index,
-        -1 if entry is None else entry[3].index,
-        -1 if entry is None else entry[1],
-    )
-    return IrqState(*common, irq.edge, irq.line, irq.route) if isinstance(irq, WiredIrq) else IrqState(*common)
 
 
 def restore(vgic: VgicV3, state: VgicV3State) -> None:
@@ -149,35 +113,14 @@ def restore(vgic: VgicV3, state: VgicV3State) -> None:
             setattr(cpu, name, getattr(saved, name))
         cpu.places = dict(saved.places)
         cpu.forwarding = state.forwarding
-        _restore_irqs(vgic, cpu.private, saved.private)
-    _restore_irqs(vgic, vgic.spis, state.spis)
+        restore_irqs(vgic.cpus, cpu.private, saved.private)
+    restore_irqs(vgic.cpus, vgic.spis, state.spis)
     for lpi in state.lpis:
         vgic.lpis[lpi.intid] = VgicIrq(lpi.intid, None)
-    _restore_irqs(vgic, vgic.lpis.values(), state.lpis)
+    restore_irqs(vgic.cpus, vgic.lpis.values(), state.lpis)
     vgic.unmapped.update((intid, vgic.lpis[intid]) for intid in state.unmapped)
     for cpu in vgic.cpus:
-        heapify(cpu.queue)
-        heapify(cpu.queue0)
-        cpu.update()
+        cpu.arrange()
     vgic.ledger.raised += vgic.count_open()
     if state.mapped:
         frames.map_distributor()
-
-
-def _restore_irqs(vgic: VgicV3, irqs: Iterable[VgicIrq], states: Iterable[IrqState]) -> None:
-    for irq, saved in zip(irqs, states, strict=True):
-        irq.priority = saved.priority
-        irq.group = saved.group
-        irq.enabled = saved.enabled
-        irq.pending = saved.pending
-        irq.active = saved.active
-        irq.target = None if saved.target < 0 else vgic.cpus[saved.target]
-        if isinstance(irq, WiredIrq):
-            irq.edge, irq.line, irq.route = saved.edge, saved.line, saved.route
-        if saved.where >= 0:
-            cpu: VgicV3Cpu = vgic.cpus[saved.where]
-            irq.entry = (irq.priority, saved.seq, irq, cpu)
-            if irq.active:
-                cpu.nr_active += 1
-            else:
-                (cpu.queue if irq.group else cpu.queue0).append(irq.entry)
