@@ -227,7 +227,12 @@ class Cpu:
         vcpu = self._vcpu
         if vcpu.costs.userspace_exit_ns:
             yield from self._spend(vcpu.costs.userspace_exit_ns)
-        return (yield Leave(exit_))
+        completed = yield Leave(exit_)
+        vcpu = self._vcpu
+        if vcpu.abort is not None:
+            abort, vcpu.abort = vcpu.abort, None
+            raise abort
+        return completed
 
     @types.coroutine
     def _attend(self) -> Generator[Any, Any, None]:

@@ -17,9 +17,9 @@ from fabric.clock import Priority
 from fabric.clock.hosted import Nested
 from fabric.clock.waiting import WaitQueue
 from fabric.errors import KvmError
-from fabric.uapi.kvm import KVM_RUN_IMMEDIATE_EXIT
+from fabric.uapi.kvm import KVM_EXIT_UNKNOWN, KVM_RUN_IMMEDIATE_EXIT, KVM_SYSTEM_EVENT_WAKEUP
 from fabric.vcpu.cpu import Cpu
-from fabric.vcpu.exits import INTERRUPTED
+from fabric.vcpu.exits import INTERRUPTED, SystemEventExit, set_exit_reason
 from fabric.vcpu.host import Costs, Host, StealWait
 
 if TYPE_CHECKING:
@@ -62,11 +62,13 @@ class Vcpu(_HotFields):
         "_exit",
         "_guest",
         "_left_at",
+        "_next_exit",
         "_power",
         "_program",
         "_steal_wait",
         "_task",
         "_turn",
+        "abort",
         "engine",
         "has_run",
         "index",
@@ -80,6 +82,7 @@ class Vcpu(_HotFields):
         "run_view",
         "running",
         "stolen_ns",
+        "suspended",
         "vcpu_id",
         "vm",
     )
@@ -95,6 +98,10 @@ class Vcpu(_HotFields):
         self.running = False
         self.powered_off = False
         """Stopped (MP_STATE_STOPPED): KVM_RUN waits until another vCPU powers it on."""
+        self.suspended = False
+        """MP_STATE_SUSPENDED: KVM_RUN waits for an interrupt, and exits with KVM_SYSTEM_EVENT_WAKEUP."""
+        self.abort: Exception | None = None
+        """What the access that exited raises in the guest, instead of being completed."""
         self.cpu_interface: Any = None
         self._costs = Costs()
         self.wakeup_ns = 0
@@ -119,6 +126,7 @@ class Vcpu(_HotFields):
         self._program: Program | None = None
         self._guest: Any = None
         self._exit: Exit | None = None
+        self._next_exit: Exit | None = None
         self._completed: Any = None
         """The result of the last exit, for the access that waits for it."""
         self._task: Hosted | None = None
@@ -204,6 +212,12 @@ class Vcpu(_HotFields):
         if self.run_area[KVM_RUN_IMMEDIATE_EXIT]:
             self._turn.wake_one()
             self.leave_at_once()
+        set_exit_reason(self.run_view, KVM_EXIT_UNKNOWN)
+        if self._next_exit is not None:
+            exit_, self._next_exit = self._next_exit, None
+            self._turn.wake_one()
+            exit_.fill(self.run_view)
+            return 0
         task = engine.blocking_task()
         priority = task.priority
         self.running = True
@@ -217,6 +231,12 @@ class Vcpu(_HotFields):
                     if self.interrupted:
                         self._eintr()
                     await self._power.wait()
+                if self.interrupted:
+                    self._eintr()
+                if self.suspended:
+                    await self._wakeup(engine)
+                    SystemEventExit(KVM_SYSTEM_EVENT_WAKEUP).fill(self.run_view)
+                    return 0
                 left = await self._enter(engine)
                 if left is INTERRUPTED:
                     self._eintr()
@@ -240,6 +260,15 @@ class Vcpu(_HotFields):
         self._exit = left
         left.fill(self.run_view)
         return 0
+
+    @property
+    def exited(self) -> Exit | None:
+        """The exit whose access the next KVM_RUN completes."""
+        return self._exit
+
+    def exit_next(self, exit_: Exit) -> None:
+        """Have the next KVM_RUN return with that exit and not enter the guest."""
+        self._next_exit = exit_
 
     def interrupt(self) -> None:
         """Have the KVM_RUN under way fail with EINTR, as a signal to its thread would. Without one: nothing."""
@@ -265,7 +294,7 @@ class Vcpu(_HotFields):
     def restart(self) -> None:
         """The registers are reset: at the next KVM_RUN the program begins anew, whatever it was in."""
         guest, self._guest = self._guest, None
-        self._exit = self._completed = self._left_at = None
+        self._exit = self._completed = self._left_at = self.abort = None
         if guest is not None:
             guest.close()
 
@@ -285,7 +314,21 @@ class Vcpu(_HotFields):
 
     def _eintr(self) -> None:
         self.interrupted = False
+        INTERRUPTED.fill(self.run_view)
         raise KvmError(errno.EINTR, f"KVM_RUN of vCPU {self.vcpu_id} was interrupted")
+
+    @types.coroutine
+    def _wakeup(self, engine: Engine) -> Generator[Any, Any, None]:
+        """Suspended: wait for an interrupt as a halted guest does. It stays suspended until the VMM says otherwise."""
+        interface = self.cpu_interface
+        while interface is None or not interface.line:
+            if self.interrupted:
+                self._eintr()
+            task: Any = engine.current
+            task.waits = self
+            self.wakeable = task
+            yield
+            self.wakeable = None
 
     @types.coroutine
     def _enter(self, engine: Engine) -> Generator[Any, Any, Any]:
