@@ -58,8 +58,9 @@ class Arm64Cpu(Cpu):
 
     _vcpu: Arm64Vcpu
 
-    def __init__(self, vcpu: Arm64Vcpu) -> None:
-        super().__init__(vcpu)
+    def bind(self, vcpu: Vcpu) -> None:
+        """As the base class; the system registers are those of ``vcpu`` as well."""
+        super().bind(vcpu)
         costs = vcpu.costs
         priced = {**dict.fromkeys(_TRAPPED, costs.exit_ns), **dict.fromkeys(_EOI, costs.eoi_ns)}
         self._write_costs = {name: ns for name, ns in priced.items() if ns}
