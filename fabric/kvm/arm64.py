@@ -310,6 +310,11 @@ def irq_line(file: VmFile, irq: int, level: int) -> None:
         raise KvmError(errno.EINVAL, f"there is no vCPU {vcpu}")
     if number > arm.KVM_ARM_IRQ_CPU_FIQ:
         raise KvmError(errno.EINVAL, f"a CPU has inputs 0 (IRQ) and 1 (FIQ), not {number}")
+    lines = vm.vcpus[vcpu].lines  # type: ignore[attr-defined]
+    if number == arm.KVM_ARM_IRQ_CPU_IRQ:
+        lines.drive_irq(bool(level))
+    else:
+        lines.fiq = bool(level)
 
 
 def irq_line_status(file: VmFile, ptr: Pointer) -> None:
@@ -346,8 +351,9 @@ def set_device_addr(file: VmFile, device_addr: arm.KvmArmDeviceAddr) -> None:
 
 def enable_cap(file: VmFile, cap: uapi.KvmEnableCap) -> None:
     """KVM_ENABLE_CAP."""
-    accepted = (uapi.KVM_CAP_ARM_NISV_TO_USER, uapi.KVM_CAP_ARM_SYSTEM_SUSPEND)
-    if cap.cap not in accepted or cap.flags:
+    if cap.cap in (uapi.KVM_CAP_ARM_NISV_TO_USER, uapi.KVM_CAP_ARM_SYSTEM_SUSPEND) and not cap.flags:
+        file.vm.enabled.add(cap.cap)
+    else:
         vm_fd.enable_cap(file, cap)
 
 

@@ -20,6 +20,8 @@ from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.uapi.usermem import UserPointer
+from fabric.vcpu.arm64 import DataAbort
+from fabric.vcpu.exits import MmioExit, NisvExit
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_irq import WiredIrq
@@ -46,7 +48,6 @@ class ArmVcpuPart:
         "pmu_created",
         "pmu_irq",
         "steal_base",
-        "suspended",
         "sve_finalized",
         "sysregs",
         "timers_enabled",
@@ -66,7 +67,6 @@ class ArmVcpuPart:
         self.pmu_created = False
         self.steal_base = INVALID_IPA
         self.sve_finalized = False
-        self.suspended = False
         self.timers_enabled = False
         self.core = bytearray(CORE_REGS_SIZE)
         """struct kvm_regs. Kept for its owner; guest programs have no registers."""
@@ -131,7 +131,7 @@ class ArmVcpuPart:
         vcpu.timers.reset()
         vcpu.features = frozenset(n for n in range(arm.KVM_VCPU_MAX_FEATURES) if self.has(n))
         vcpu.initialized = True
-        self.suspended = False
+        vcpu.suspended = False
         vcpu.restart()
         if self.has(arm.KVM_ARM_VCPU_POWER_OFF):
             vcpu.power_off()
@@ -172,7 +172,10 @@ class ArmVcpuPart:
             return
         timers = self.vcpu.timers
         vgic = self.vm.irqchip
-        if vgic is not None:
+        if vgic is None:
+            timers.virtual.sink = partial(self.vcpu.lines.device, arm.KVM_ARM_DEV_EL1_VTIMER)
+            timers.physical.sink = partial(self.vcpu.lines.device, arm.KVM_ARM_DEV_EL1_PTIMER)
+        else:
             try:
                 lines = [(timer, self.claim(timer.intid, timer)) for timer in (timers.virtual, timers.physical)]
             except KvmError as error:
@@ -274,19 +277,21 @@ class ArmVcpuPart:
         """KVM_MP_STATE_*."""
         if self.vcpu.powered_off:
             return uapi.KVM_MP_STATE_STOPPED
-        return uapi.KVM_MP_STATE_SUSPENDED if self.suspended else uapi.KVM_MP_STATE_RUNNABLE
+        return uapi.KVM_MP_STATE_SUSPENDED if self.vcpu.suspended else uapi.KVM_MP_STATE_RUNNABLE
 
     @mp_state.setter
     def mp_state(self, state: int) -> None:
         if state not in (uapi.KVM_MP_STATE_RUNNABLE, uapi.KVM_MP_STATE_STOPPED, uapi.KVM_MP_STATE_SUSPENDED):
             raise KvmError(errno.EINVAL, f"an arm64 vCPU has no state {state}")
-        self.suspended = state == uapi.KVM_MP_STATE_SUSPENDED
+        self.vcpu.suspended = state == uapi.KVM_MP_STATE_SUSPENDED
         if state == uapi.KVM_MP_STATE_STOPPED:
             self.vcpu.power_off()
         else:
             self.vcpu.power_on()
 
 
+_ESR_ISV = 1 << 24
+"""The syndrome of an SError whose syndrome is not given: implementation defined."""
 _PSTATE = 264
 _PSTATE_RESET = (0x3C5, 0x1D3)
 """EL1h or, in AArch32, SVC; all exceptions masked."""
@@ -351,18 +356,25 @@ def _get_vcpu_events(file: VcpuFile, ptr: Pointer) -> None:
     """The SError that is pending; ``serror_has_esr`` says that this host can give it a syndrome."""
     events: arm.KvmVcpuEvents = file.part.events
     has_esr = int(file.vm.options["ras"])
-    ptr.write(arm.KvmVcpuEvents(events.serror_pending, has_esr, serror_esr=events.serror_esr).pack())
+    syndrome = events.serror_esr if has_esr else 0
+    ptr.write(arm.KvmVcpuEvents(events.serror_pending, has_esr, serror_esr=syndrome).pack())
 
 
 def _set_vcpu_events(file: VcpuFile, events: arm.KvmVcpuEvents) -> None:
+    if any(events.reserved) or any(events.pad):
+        raise KvmError(errno.EINVAL, "what is reserved in struct kvm_vcpu_events must be 0")
     if events.serror_pending and events.serror_has_esr:
         if not file.vm.options["ras"]:
             raise KvmError(errno.EINVAL, "this host cannot give an SError a syndrome")
         if events.serror_esr >> 25:
             raise KvmError(errno.EINVAL, f"a syndrome has 25 bits, not {events.serror_esr:#x}")
     if events.serror_pending:
-        esr = events.serror_esr if events.serror_has_esr else 0
+        esr = events.serror_esr if events.serror_has_esr else _ESR_ISV
         file.part.events = arm.KvmVcpuEvents(serror_pending=1, serror_esr=esr)
+    exited = file.vcpu.exited
+    if events.ext_dabt_pending and isinstance(exited, MmioExit | NisvExit):
+        # After any other exit it is, in the words of the text, a programming error; then nothing is aborted.
+        file.vcpu.abort = DataAbort(exited.gpa)
 
 
 VCPU_TABLE = (

@@ -57,6 +57,7 @@ class Vm:
         "dead",
         "devices",
         "doorbells",
+        "enabled",
         "engine",
         "events",
         "ipa_bits",
@@ -93,6 +94,7 @@ class Vm:
         self.irqchip: Any = None
         self.its_list: list[Any] = []
         self.devices: list[Any] = []
+        self.enabled: set[int] = set()
         self.dead = False
         self._vcpus: list[Vcpu] = []
         self._files: list[VmPart] = []

@@ -6,12 +6,16 @@ suspended access gets from it when KVM_RUN is called again.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
+from fabric.errors import KvmError
+from fabric.uapi.arm64 import KvmRunArmNisv
 from fabric.uapi.codec import CStruct
 from fabric.uapi.kvm import (
+    KVM_EXIT_ARM_NISV,
     KVM_EXIT_FAIL_ENTRY,
     KVM_EXIT_INTERNAL_ERROR,
     KVM_EXIT_INTR,
@@ -93,6 +97,32 @@ class SystemEventExit:
 
     def complete(self, run: RunArea) -> int:
         """Nothing is returned."""
+        return 0
+
+
+@attrs.frozen
+class NisvExit:
+    """An arm64 access outside memory that the hardware describes too little of to emulate it (api.run.ENOSYS.nisv).
+
+    The guest makes it again at the next KVM_RUN, as its PC has not moved.
+    """
+
+    gpa: int
+    iss: int
+    """Of the syndrome what is valid all the same."""
+    to_user: bool
+    """KVM_CAP_ARM_NISV_TO_USER is on."""
+
+    def fill(self, run: RunArea) -> None:
+        """KVM_EXIT_ARM_NISV, or ENOSYS when userspace did not ask for it."""
+        if not self.to_user:
+            raise KvmError(
+                errno.ENOSYS, f"the access at {self.gpa:#x} has no syndrome, and KVM_CAP_ARM_NISV_TO_USER is off"
+            )
+        set_exit(run, KVM_EXIT_ARM_NISV, KvmRunArmNisv(self.iss, self.gpa))
+
+    def complete(self, run: RunArea) -> int:
+        """Nothing can complete it."""
         return 0
 
 
