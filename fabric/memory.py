@@ -454,12 +454,17 @@ class AddressSpace:
     Ranges do not overlap unless asked to: KVM's in-kernel bus lets devices shadow one another, and there the
     one registered first answers. So a range added with ``shadow=True`` answers what is left, and comes to
     light where earlier ones are removed.
+
+    Args:
+        name: for messages.
+        limit: how many ranges it has room for; None for any number.
     """
 
-    __slots__ = ("_pieces", "_regions", "_shadowed", "_starts", "name")
+    __slots__ = ("_pieces", "_regions", "_shadowed", "_starts", "limit", "name")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, limit: int | None = None) -> None:
         self.name = name
+        self.limit = limit
         self._regions: list[tuple[int, int, MmioHandler]] = []  # (base, end, handler) as they came
         # What each address resolves to: disjoint pieces (end, base of the region, handler) by start.
         self._starts: list[int] = []
@@ -471,7 +476,9 @@ class AddressSpace:
 
         Raises:
             ValueError: for a range that is empty or leaves 64 bits, or overlaps another without ``shadow``.
+            KvmError: ENOSPC when there is no room for one more.
         """
+        self.check_room()
         end = base + size
         if size <= 0 or base < 0 or end > 1 << 64:
             raise ValueError(f"a range of {self.name} must be within 64 bits, not {size:#x} from {base:#x}")
@@ -484,6 +491,11 @@ class AddressSpace:
         self._shadowed |= bool(taken)
         self._regions.append((base, end, handler))
         self._fill(base, end, handler)
+
+    def check_room(self) -> None:
+        """KvmError(ENOSPC) when there is no room for one more range."""
+        if self.limit is not None and len(self._regions) >= self.limit:
+            raise KvmError(errno.ENOSPC, f"{self.name} has room for {self.limit} devices, and they are there")
 
     def remove(self, base: int, handler: MmioHandler) -> None:
         """Undo the first :meth:`add` of ``handler`` at ``base``. ``ValueError`` when there was none."""
