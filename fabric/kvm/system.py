@@ -120,7 +120,10 @@ class Kvm:
             handler = file.handlers.get(request & 0xFFFF_FFFF)  # a negative int is the same request
             if handler is None:
                 raise KvmError(file.unknown_request, f"a {file.kind} fd does not know {request_name(request)}")
-        return handler(file, arg)
+        try:
+            return handler(file, arg)
+        except MemoryError as error:
+            raise KvmError(errno.ENOMEM, f"{request_name(request)} needs memory that is not there") from error
 
     def mmap(self, fd: int, length: int, offset: int = 0) -> memoryview:
         """A writable view of the memory behind a vCPU fd, laid out as struct kvm_run.
