@@ -38,7 +38,6 @@ IRQCHIP_PINS = arm.VGIC_MAX_SPI + 1 - arm.VGIC_NR_PRIVATE_IRQS
 
 CAPABILITIES: dict[int, int] = {
     **GENERIC_CAPABILITIES,
-    uapi.KVM_CAP_IRQCHIP: 1,
     uapi.KVM_CAP_MP_STATE: 1,
     uapi.KVM_CAP_SYNC_MMU: 1,
     uapi.KVM_CAP_SET_GUEST_DEBUG: 1,
@@ -95,6 +94,7 @@ class Arm64(Architecture):
     name = "aarch64"
     defaults = {  # noqa: RUF012  # declared ClassVar in the base
         "host_gic": 3,
+        "gicv2_compat": False,
         "ipa_bits": 48,
         "host_cpus": 2,
         "lpi_id_bits": 16,
@@ -117,15 +117,16 @@ class Arm64(Architecture):
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
-        if options["host_gic"] not in (2, 3):
-            raise ValueError(f"host_gic must be 2 or 3, not {options['host_gic']!r}")
+        if options["host_gic"] not in (0, 2, 3):
+            raise ValueError(f"host_gic must be 0 (none for guests), 2 or 3, not {options['host_gic']!r}")
         if not MIN_IPA_BITS <= options["ipa_bits"] <= 52:
             raise ValueError(f"ipa_bits must be 32 to 52, not {options['ipa_bits']!r}")
         if not 16 <= options["lpi_id_bits"] <= 24:
             raise ValueError(f"lpi_id_bits must be 16 to 24, not {options['lpi_id_bits']!r}")
-        self.host_max_vcpus = arm.VGIC_V3_MAX_CPUS if options["host_gic"] == 3 else arm.VGIC_V2_MAX_CPUS
+        self.host_max_vcpus = arm.VGIC_V2_MAX_CPUS if options["host_gic"] == 2 else arm.VGIC_V3_MAX_CPUS
         self._capabilities: dict[int, int] = {
             **CAPABILITIES,
+            uapi.KVM_CAP_IRQCHIP: int(bool(options["host_gic"])),
             uapi.KVM_CAP_NR_MEMSLOTS: 32767,
             uapi.KVM_CAP_NR_VCPUS: min(options["host_cpus"], self.host_max_vcpus),
             uapi.KVM_CAP_ARM_VM_IPA_SIZE: options["ipa_bits"],
@@ -331,9 +332,15 @@ def signal_msi_call(
     return send_msi(file.vm, address_hi << 32 | address_lo, data, flags, devid)
 
 
+def _check_vgic(vm: Vm) -> None:
+    if not vm.options["host_gic"]:
+        raise KvmError(errno.ENXIO, "the host has no GIC that guests can use")
+
+
 def create_irqchip(file: VmFile, _arg: int) -> None:
     """KVM_CREATE_IRQCHIP: a GICv2, where the host can do it."""
     vm = file.vm
+    _check_vgic(vm)
     cls = vm.arch.device_class(uapi.KVM_DEV_TYPE_ARM_VGIC_V2)
     vm.devices.append(cls.create(vm))
 
@@ -343,6 +350,7 @@ def set_device_addr(file: VmFile, device_addr: arm.KvmArmDeviceAddr) -> None:
     device = (device_addr.id & arm.KVM_ARM_DEVICE_ID_MASK) >> arm.KVM_ARM_DEVICE_ID_SHIFT
     if device != arm.KVM_ARM_DEVICE_VGIC_V2:
         raise KvmError(errno.ENODEV, f"there is no device {device}")
+    _check_vgic(file.vm)
     place = getattr(file.vm.irqchip, "place_legacy", None)
     if place is None:
         raise KvmError(errno.ENODEV, "the VM has no GICv2")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fabric.clock.arch_timer import ArchTimers
-from fabric.devices.arm.vgic_cpuif import ICC_READ, ICC_WRITE
+from fabric.devices.arm.vgic_cpuif import ICC_READ, ICC_WRITE, VgicV3Cpu
 from fabric.uapi.kvm import (
     KVM_CAP_ARM_NISV_TO_USER,
     KVM_CAP_ARM_SYSTEM_SUSPEND,
@@ -56,6 +56,7 @@ ISS_TRANSLATION_FAULT = 0x05
 _TRAPPED = frozenset({"ICC_SGI1R_EL1", "ICC_ASGI1R_EL1", "ICC_SGI0R_EL1"})
 """Writes that KVM has to emulate: the hardware's CPU interface cannot reach another vCPU."""
 _EOI = frozenset({"ICC_EOIR0_EL1", "ICC_EOIR1_EL1"})
+_GICV2_READ = {"ISR_EL1": ICC_READ["ISR_EL1"]}
 
 
 class DataAbort(Exception):
@@ -85,14 +86,14 @@ class Arm64Cpu(Cpu):
         priced = {**dict.fromkeys(_TRAPPED, costs.exit_ns), **dict.fromkeys(_EOI, costs.eoi_ns)}
         self._write_costs = {name: ns for name, ns in priced.items() if ns}
         self._interface: Any = vcpu.cpu_interface  # there by the first run if it ever is
-        present = self._interface is not None
-        if not present:
+        if self._interface is None:
             self._controller = self._vcpu.lines
+        present = isinstance(self._interface, VgicV3Cpu)  # a GICv2's interface is in memory
         self.iar1: Callable[[], int] = self._interface.iar1 if present else self._no_interface
         self.eoir1: Callable[[int], None] = self._interface.eoir1 if present else self._no_interface
         if present and costs.eoi_ns:
             self.eoir1 = self._priced_eoir1
-        self._icc_read = ICC_READ if present else {}
+        self._icc_read = ICC_READ if present else {} if self._interface is None else _GICV2_READ
         if present and not self._write_costs:
             self._icc_write = ICC_WRITE  # one for all vCPUs: it stays in the cache
         else:
@@ -120,7 +121,7 @@ class Arm64Cpu(Cpu):
         else:
             write(self._interface, value)
             return
-        if name in self._write_costs and self._interface is not None:
+        if name in self._write_costs and isinstance(self._interface, VgicV3Cpu):
             await self._spend(self._write_costs[name])
             ICC_WRITE[name](self._interface, value)
             return
