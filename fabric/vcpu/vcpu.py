@@ -189,6 +189,11 @@ class Vcpu(_HotFields):
             self._arrived, self._program = None, program
         self._failed = None
 
+    @property
+    def has_guest(self) -> bool:
+        """A program or a guest was loaded."""
+        return self._program is not None
+
     def unload(self) -> Guest | None:
         """Take its guest out, to be loaded into another vCPU; None when there is none. See :mod:`fabric.vcpu.guest`.
 
@@ -222,9 +227,7 @@ class Vcpu(_HotFields):
             return
         assert self.engine is not None
         if not _waits_for_its_cpu(self._guest):
-            raise KvmError(
-                errno.EBUSY, f"the guest of vCPU {self.vcpu_id} waits for something that is not its CPU's"
-            )
+            raise KvmError(errno.EBUSY, f"the guest of vCPU {self.vcpu_id} waits for something that is not its CPU's")
         self.absent_ns = self.engine.now - self._left_at
         self._left_at = None
         self.disturbed = self.interrupted = True
