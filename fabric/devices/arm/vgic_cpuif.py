@@ -63,13 +63,8 @@ class VgicV3Cpu(VgicCpu):
         ICC_WRITE[name](self, value)
 
     def load(self) -> None:
-        """KVM_RUN puts the interface on the hardware (:meth:`touch_hardware`) and runs the guest.
-
-        What was queued while the distributor does not forward is taken off (see :mod:`.vgic`).
-        """
-        self.places.clear()
-        if not self.forwarding:
-            self.purge()
+        """KVM_RUN puts the interface on the hardware (:meth:`touch_hardware`) and runs the guest."""
+        super().load()
         self.touch_hardware()
 
     def touch_hardware(self) -> None:

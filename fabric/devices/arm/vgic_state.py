@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from fabric.devices.arm.vgic_irq import VgicIrq, WiredIrq
+from fabric.devices.arm.vgic_irq import ADRIFT, VgicIrq, WiredIrq
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class IrqState:
-    """One interrupt. ``where`` and ``seq`` are its place at a vCPU, -1 when it is neither queued nor active."""
+    """One interrupt. ``where`` and ``seq`` are its place on a vCPU's list, -1 when it is on none."""
 
     intid: int
     priority: int
@@ -44,8 +44,8 @@ def save_irq(irq: VgicIrq) -> IrqState:
         irq.pending,
         irq.active,
         -1 if irq.target is None else irq.target.index,
-        -1 if entry is None else entry[3].index,
-        -1 if entry is None else entry[1],
+        -1 if entry is None or entry is ADRIFT else entry[3].index,
+        -1 if entry is None or entry is ADRIFT else entry[1],
     )
     return IrqState(*common, irq.edge, irq.line, irq.route) if isinstance(irq, WiredIrq) else IrqState(*common)
 
@@ -63,3 +63,5 @@ def restore_irqs(cpus: Sequence[VgicCpu], irqs: Iterable[VgicIrq], states: Itera
             irq.edge, irq.line, irq.route = saved.edge, saved.line, saved.route
         if saved.where >= 0:
             cpus[saved.where].adopt(irq, saved.seq)
+        elif irq.active:
+            irq.entry = ADRIFT

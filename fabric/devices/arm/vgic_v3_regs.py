@@ -65,10 +65,6 @@ def _set_ctlr(vgic: VgicV3, value: int) -> None:
     vgic.set_forwarding(bool(value & CTLR_ENABLE_GRP1))
 
 
-def _user_set_ctlr(vgic: VgicV3, value: int) -> None:
-    vgic.set_forwarding(bool(value & CTLR_ENABLE_GRP1), running=False)
-
-
 def _typer(vgic: VgicV3) -> int:
     value = vgic.nr_irqs // 32 - 1
     if vgic.has_its:
@@ -111,10 +107,7 @@ GICD = RegisterBlock(
     "GICD",
     GICD_SIZE,
     (
-        Register(
-            0x0000, "GICD_CTLR", RW, read=_ctlr, write=_set_ctlr, id=_d("ctlr"),
-            user=View(access=RW, write=_user_set_ctlr),
-        ),
+        Register(0x0000, "GICD_CTLR", RW, read=_ctlr, write=_set_ctlr, id=_d("ctlr")),
         Register(0x0004, "GICD_TYPER", RO, read=_typer, id=_d("typer")),
         Register(0x0008, "GICD_IIDR", RO, read=_iidr, user=View(access=RW, write=_set_iidr), id=_d("iidr")),
         Register(0x000C, "GICD_TYPER2", RO, user=View(access=RW, write=_set_typer2), id=_d("typer2")),

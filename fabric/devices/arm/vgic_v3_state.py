@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
     from fabric.devices.arm.vgic_v3 import VgicV3
 
-VERSION = 1
+VERSION = 2
 
 
 @attrs.frozen
@@ -41,7 +41,6 @@ class CpuState:
     lpis_enabled: bool
     pendbaser: int
     seq: int
-    places: tuple[tuple[int, int], ...]
 
 
 @attrs.frozen
@@ -64,7 +63,7 @@ class VgicV3State:
     """LPIs that no ITS maps any more and that are still at a vCPU."""
 
 
-_CPU_FIELDS = tuple(field.name for field in attrs.fields(CpuState) if field.name not in ("private", "places"))
+_CPU_FIELDS = tuple(field.name for field in attrs.fields(CpuState) if field.name != "private")
 
 
 def save(vgic: VgicV3) -> VgicV3State:
@@ -88,7 +87,6 @@ def save(vgic: VgicV3) -> VgicV3State:
 def _save_cpu(cpu: VgicV3Cpu) -> CpuState:
     return CpuState(
         private=tuple(save_irq(irq) for irq in cpu.private),
-        places=tuple(cpu.places.items()),
         **{name: getattr(cpu, name) for name in _CPU_FIELDS},
     )
 
@@ -111,7 +109,6 @@ def restore(vgic: VgicV3, state: VgicV3State) -> None:
     for cpu, saved in zip(vgic.cpus, state.cpus, strict=True):
         for name in _CPU_FIELDS:
             setattr(cpu, name, getattr(saved, name))
-        cpu.places = dict(saved.places)
         cpu.forwarding = state.forwarding
         restore_irqs(vgic.cpus, cpu.private, saved.private)
     restore_irqs(vgic.cpus, vgic.spis, state.spis)
