@@ -304,6 +304,8 @@ def run_queue(its: Its) -> None:
             its.refuse(str(error))
         except KvmError:
             its.refuse("guest memory must be there")
+        except MemoryError:
+            its.refuse("the host must have memory left")
         its.creadr += COMMAND_SIZE
         if its.creadr >= size:
             its.creadr = 0

@@ -176,13 +176,13 @@ def restore(its: Its) -> None:
     if its.baser[1] & VALID:
         try:
             _restore_collections(its)
-        except KvmError:
+        except (KvmError, MemoryError):
             its.forget_collections()
             raise
     if its.baser[0] & VALID:
         try:
             _restore_devices(its)
-        except KvmError:
+        except (KvmError, MemoryError):
             its.forget_devices()
             its.forget_collections()
             raise
@@ -251,7 +251,7 @@ def _restore_device(its: Its, devid: int, entry: int) -> None:
 
     try:
         _walk(its.pages, device.itt, 1 << bits, event)
-    except KvmError:
+    except (KvmError, MemoryError):
         its.release_device(device)
         raise
     its.add_device(device)
