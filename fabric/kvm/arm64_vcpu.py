@@ -186,6 +186,7 @@ class ArmVcpuPart:
                     raise KvmError(errno.EINVAL, "the timer interrupts must be the same on all vCPUs")
             for timer, irq in lines:
                 timer.sink = partial(vgic.line_level, irq)
+                timer.level = irq.line  # as userspace restored it; the timer moves it from there when it is loaded
         self.timers_enabled = True
 
     def check_pmu(self) -> None:
@@ -224,6 +225,11 @@ class ArmVcpuPart:
         return irq
 
     # -- KVM_GET/SET_ONE_REG
+
+    def reg_ids(self) -> list[int]:
+        """The registers that KVM_GET_ONE_REG reads: all that has to move with the vCPU."""
+        core = [arm.arm64_core_reg(at, size) for start, end, size in _CORE_PARTS for at in range(start, end, size)]
+        return [*core, *ArchTimers.ONE_REG_IDS, *sorted(self.sysregs)]
 
     def get_reg(self, reg: int, ptr: Pointer) -> None:
         """Store the register's value at ``ptr``. KvmError(ENOEXEC, EINVAL, ENOENT, EFAULT)."""
@@ -344,6 +350,20 @@ def _set_one_reg(file: VcpuFile, ptr: Pointer) -> None:
     file.part.set_reg(reg.id, UserPointer(file.kvm.user_memory, reg.addr))
 
 
+def _get_reg_list(file: VcpuFile, ptr: Pointer) -> None:
+    """KVM_GET_REG_LIST. KvmError(E2BIG) with the number there is when there is no room for all."""
+    part: ArmVcpuPart = file.part
+    part.check_initialized()
+    room = uapi.KvmRegList.unpack(ptr.read(uapi.KvmRegList.SIZE)).n
+    part.check_finalized()
+    ids = part.reg_ids()
+    ptr.put_u64(len(ids))
+    if room < len(ids):
+        raise KvmError(errno.E2BIG, f"there are {len(ids)} registers, more than {room}")
+    for n, reg in enumerate(ids, start=1):
+        ptr.put_u64(reg, 8 * n)
+
+
 def _get_mp_state(file: VcpuFile, ptr: Pointer) -> None:
     ptr.put_u32(file.part.mp_state)
 
@@ -381,6 +401,7 @@ VCPU_TABLE = (
     *attribute_table(lambda file: file.part),
     Ioctl(requests.KVM_ARM_VCPU_INIT, arm.KvmVcpuInit, _vcpu_init, "api.arm-vcpu-init"),
     Ioctl(requests.KVM_ARM_VCPU_FINALIZE, POINTER, _vcpu_finalize),
+    Ioctl(requests.KVM_GET_REG_LIST, POINTER, _get_reg_list),
     Ioctl(requests.KVM_GET_ONE_REG, POINTER, _get_one_reg, "api.get-one-reg"),
     Ioctl(requests.KVM_SET_ONE_REG, POINTER, _set_one_reg, "api.set-one-reg"),
     Ioctl(requests.KVM_GET_MP_STATE, POINTER, _get_mp_state),
