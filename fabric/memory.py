@@ -451,9 +451,10 @@ class MmioHandler(Protocol):
 class AddressSpace:
     """MMIO or port addresses and who answers them; lookup is O(log n).
 
-    Ranges do not overlap unless asked to: KVM's in-kernel bus lets devices shadow one another, and there the
-    one registered first answers. So a range added with ``shadow=True`` answers what is left, and comes to
-    light where earlier ones are removed.
+    Ranges do not overlap unless asked to: KVM's in-kernel bus lets devices shadow one another. It keeps them sorted
+    and takes the first that has the address: of two that overlap the one that begins lower, of two with the same
+    base the shorter, and otherwise (a range within another, or equal ones) the one registered first. A range added
+    with ``shadow=True`` answers what is left, and comes to light where others are removed.
 
     Args:
         name: for messages.
@@ -465,7 +466,7 @@ class AddressSpace:
     def __init__(self, name: str, limit: int | None = None) -> None:
         self.name = name
         self.limit = limit
-        self._regions: list[tuple[int, int, MmioHandler]] = []  # (base, end, handler) as they came
+        self._regions: list[tuple[int, int, MmioHandler]] = []  # (base, end, handler), those that go first first
         # What each address resolves to: disjoint pieces (end, base of the region, handler) by start.
         self._starts: list[int] = []
         self._pieces: list[tuple[int, int, MmioHandler]] = []
@@ -488,9 +489,13 @@ class AddressSpace:
                 f"a range of {self.name} must be free, not {base:#x} to {end:#x}, which overlaps the one at "
                 f"{self._pieces[taken[0]][1]:#x}"
             )
-        self._shadowed |= bool(taken)
-        self._regions.append((base, end, handler))
-        self._fill(base, end, handler)
+        behind = (n for n, (start, stop, _) in enumerate(self._regions) if start >= base and stop > end)
+        self._regions.insert(next(behind, len(self._regions)), (base, end, handler))
+        if taken:
+            self._shadowed = True
+            self._resolve()
+        else:
+            self._fill(base, end, handler)
 
     def check_room(self) -> None:
         """KvmError(ENOSPC) when there is no room for one more range."""
@@ -505,10 +510,7 @@ class AddressSpace:
             raise ValueError(f"{self.name} must have a range of {handler!r} at {base:#x} to remove it")
         del self._regions[index]
         if self._shadowed:
-            self._starts.clear()
-            self._pieces.clear()
-            for region in self._regions:
-                self._fill(*region)
+            self._resolve()
             self._shadowed = bool(self._regions)
         else:
             at = bisect_left(self._starts, base)
@@ -529,6 +531,13 @@ class AddressSpace:
         if first and self._pieces[first - 1][0] > base:
             first -= 1
         return range(first, bisect_left(self._starts, end))
+
+    def _resolve(self) -> None:
+        """Work out anew who answers where."""
+        self._starts.clear()
+        self._pieces.clear()
+        for region in self._regions:
+            self._fill(*region)
 
     def _fill(self, base: int, end: int, handler: MmioHandler) -> None:
         """Let a region answer where nobody does yet."""
