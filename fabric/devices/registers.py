@@ -42,6 +42,8 @@ class Access(enum.Enum):
     """Reads zero, ignores writes."""
     RAO_WI = "RAO/WI"
     """Reads all ones, ignores writes."""
+    ABSENT = "-"
+    """Not there for this side: as RAZ/WI, and it cannot be named."""
 
 
 READABLE = frozenset({Access.RW, Access.RO, Access.W1S, Access.W1C})
@@ -271,7 +273,7 @@ class RegisterBlock:
     def has(self, owner: Any, offset: int, size: int = 4) -> bool:
         """Whether userspace can name that register."""
         index = self._locate(offset)
-        if index < 0 or offset % size:
+        if index < 0 or offset % size or self._user[index].access is Access.ABSENT:
             return False
         return self.rows[index].reaches(self, owner, offset - self._starts[index])
 
