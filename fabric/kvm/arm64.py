@@ -60,8 +60,11 @@ CAPABILITIES: dict[int, int] = {
     uapi.KVM_CAP_SET_GUEST_DEBUG2: 0x3_0003,
     uapi.KVM_CAP_PTP_KVM: 1,
     uapi.KVM_CAP_ARM_SYSTEM_SUSPEND: 1,
+    uapi.KVM_CAP_IRQ_INJECT_STATUS: 0,  # KVM_IRQ_LINE_STATUS is there, and has nothing to report
+    uapi.KVM_CAP_ENABLE_CAP: 0,  # a vCPU has nothing to enable
+    uapi.KVM_CAP_IOEVENTFD_NO_LENGTH: 0,  # by this name of KVM_CAP_IOEVENTFD_ANY_LENGTH only x86 and s390 have it
 }
-"""What does not depend on the host or the VM. (KVM_CAP_IRQ_INJECT_STATUS is 0 although the call works.)"""
+"""What does not depend on the host or the VM."""
 
 
 class ArmVmPart:
@@ -129,6 +132,8 @@ class Arm64(Architecture):
             uapi.KVM_CAP_IRQCHIP: int(bool(options["host_gic"])),
             uapi.KVM_CAP_NR_MEMSLOTS: 32767,
             uapi.KVM_CAP_NR_VCPUS: min(options["host_cpus"], self.host_max_vcpus),
+            uapi.KVM_CAP_MAX_VCPUS: self.host_max_vcpus,
+            uapi.KVM_CAP_MAX_VCPU_ID: self.host_max_vcpus,
             uapi.KVM_CAP_ARM_VM_IPA_SIZE: options["ipa_bits"],
             uapi.KVM_CAP_ARM_PMU_V3: int(bool(options["pmu_ids"])),
             uapi.KVM_CAP_ARM_EL1_32BIT: int(options["el1_32bit"]),
@@ -142,8 +147,8 @@ class Arm64(Architecture):
     # -- machines
 
     def capability(self, cap: int, vm: Vm | None) -> int:
-        if cap in (uapi.KVM_CAP_MAX_VCPUS, uapi.KVM_CAP_MAX_VCPU_ID):
-            return self.host_max_vcpus if vm is None else self.vm_max_vcpus(vm)
+        if cap in (uapi.KVM_CAP_MAX_VCPUS, uapi.KVM_CAP_MAX_VCPU_ID) and vm is not None:
+            return self.vm_max_vcpus(vm)
         if cap == uapi.KVM_CAP_MSI_DEVID:
             if vm is None:
                 raise KvmError(errno.EINVAL, "KVM_CAP_MSI_DEVID is a capability of VMs")
