@@ -270,16 +270,21 @@ class Machine:
         wait for interrupts.
         """
         driver = self.driver()
+        up = 0
 
         async def program(cpu: Any) -> None:
+            nonlocal up
             if cpu.number == 0:
                 await driver.start(cpu)
             await driver.start_cpu(cpu)
             cpu.unmask()
+            up += 1
             while cpu.number:
                 await cpu.wait_for_interrupt()
             for number in range(1, len(self.vcpu_fds)):
                 await self.start_secondary(cpu, number)
+            while up < len(self.vcpu_fds):
+                await cpu.compute(1_000)
             await guest(cpu, driver)
             nursery.cancel_scope.cancel()
 
