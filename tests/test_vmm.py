@@ -56,13 +56,30 @@ def test_a_guest_interrupts_its_other_cpus(board: str) -> None:
 
         driver.on_ipi(first, 1, "first")
         driver.on_ipi(second, 2, "second")
-        await cpu.compute(1000)
         for kind in (1, 2, 1):
             await driver.send_ipi(cpu, 1, kind)
         await cpu.compute(1000)
 
     assert LedgerStatement(raised=3, delivered=2, coalesced=1) == ledger_of(guest, 2, board=board)
     assert [(1, "first"), (1, "second")] == seen
+
+
+@every_board
+def test_a_guest_begins_when_all_its_cpus_are_up(board: str) -> None:
+    """What it does first may concern any of them."""
+    seen: list[int] = []
+
+    async def guest(cpu: Any, driver: Any) -> None:
+        async def taken(cpu: Any) -> None:
+            seen.append(cpu.number)
+
+        driver.on_ipi(taken)
+        for number in range(1, 4):
+            await driver.send_ipi(cpu, number)
+        await cpu.compute(1000)
+
+    assert LedgerStatement(raised=3, delivered=3) == ledger_of(guest, 4, board)
+    assert [1, 2, 3] == seen
 
 
 @every_board
