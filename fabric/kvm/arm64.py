@@ -190,6 +190,7 @@ class Arm64(Architecture):
         return vcpu, ArmVcpuPart(vm, vcpu)
 
     def vcpu_created(self, file: VcpuFile) -> None:
+        file.vm.part.vcpus.append(file.part)
         if file.vm.irqchip is not None:
             file.vm.irqchip.vcpu_created(file.vcpu)
 

@@ -60,7 +60,6 @@ class ArmVcpuPart:
     def __init__(self, vm: Vm, vcpu: Arm64Vcpu) -> None:
         self.vm = vm
         self.vcpu = vcpu
-        self.shared.vcpus.append(self)
         self.features = 0
         """Bits of KVM_ARM_VCPU_*."""
         self.pmu_irq: int | None = None

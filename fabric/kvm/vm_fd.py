@@ -40,8 +40,8 @@ def create_vcpu(file: VmFile, vcpu_id: int) -> int:
     if any(vcpu.vcpu_id == vcpu_id for vcpu in vm.vcpus):
         raise KvmError(errno.EEXIST, f"there is a vCPU with id {vcpu_id}")
     vcpu, part = arch.new_vcpu(vm, vcpu_id, len(vm.vcpus))
-    vm.add_vcpu(vcpu)
     created = VcpuFile(file.kvm, file.kvm.tables["vcpu"], vm, vcpu, part)
+    vm.add_vcpu(vcpu)
     arch.vcpu_created(created)
     return file.kvm.install(created)
 
