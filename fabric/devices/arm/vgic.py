@@ -257,7 +257,8 @@ class Vgic:
 
     def _coalesce(self, irq: VgicIrq) -> None:
         self._note_coalesced(irq)
-        self.settle(irq)
+        if irq.entry is None or irq.entry is ADRIFT:
+            self.settle(irq)
 
     def _note_coalesced(self, irq: VgicIrq) -> None:
         self.ledger.coalesced += 1

@@ -64,9 +64,11 @@ class VgicV3(Vgic):
     # -- vCPUs -----------------------------------------------------------------------------------------------
 
     def check_create_vcpu(self, vcpu_id: int) -> None:
-        """As the base class; also EINVAL when its redistributor would be placed wrongly."""
+        """As the base class; also EINVAL when its redistributor would be placed wrongly, ENOSPC when nowhere."""
         super().check_create_vcpu(vcpu_id)
         self.frames.check_placement()
+        if any(vcpu.vcpu_id == vcpu_id for vcpu in self.vm.vcpus):
+            self.frames.use_up_place()
 
     def vcpu_created(self, vcpu: VcpuServices) -> None:
         super().vcpu_created(vcpu)

@@ -4,7 +4,9 @@ Specification: arm-vgic-v3, group KVM_DEV_ARM_VGIC_GRP_ADDR.
 
 What Linux 6.1 does beyond the text, and is kept: an overlap of the distributor with a redistributor region is found
 when a redistributor is about to be placed, or else by the first KVM_RUN; a legacy region grows with the vCPUs,
-and is measured by those there are at the moment of a check; a region with index 1 after a legacy one is accepted.
+and is measured by those there are at the moment of a check; a region with index 1 after a legacy one is accepted;
+a region that is refused because of the vCPUs that were to be placed in it takes the frames of the vCPUs before them
+off the bus; KVM_CREATE_VCPU with an id that is in use finds out too late, and the place taken for it stays taken.
 """
 
 from __future__ import annotations
@@ -140,43 +142,53 @@ class Frames:
     def _add(self, region: Region, size: int) -> None:
         check_range(self.vgic.vm, "redistributor region", region.base, size, ALIGNMENT)
         self.regions.append(region)
-        try:
-            for cpu in self.vgic.cpus:
-                if cpu.region is None:
-                    self.check_placement()
-                    self.place(cpu)
-        except KvmError:
-            self.regions.pop()
-            raise
-
-    def restore_regions(self, regions: tuple[tuple[int, int, int], ...]) -> None:
-        """Have these regions, (index, base, count) each, with the vCPUs placed in them."""
-        for index, base, count in regions:
-            self.regions.append(Region(index, base, count))
         for cpu in self.vgic.cpus:
+            if cpu.region is not None:
+                continue
+            try:
+                self.check_placement()
+            except KvmError:
+                for before in self.vgic.cpus[: cpu.index]:
+                    self._unmap_redistributor(before)
+                self.regions.remove(region)
+                raise
             self.place(cpu)
 
     # -- placing ---------------------------------------------------------------------------------------------
 
+    def _free_region(self) -> Region | None:
+        """The region with the next free place."""
+        return next((region for region in self.regions if not region.full), None)
+
     def check_placement(self) -> None:
-        """Whether another redistributor may be placed, if there is room for one. KvmError(EINVAL)."""
-        if any(not region.full for region in self.regions):
+        """Whether another redistributor may be placed, if there is a place for one.
+
+        Raises:
+            KvmError: EINVAL when the frames overlap or leave the address space, ENOSPC when the bus is full.
+        """
+        if self._free_region() is not None:
             self._check_layout()
+            self.vgic.vm.mmio.check_room()
 
     def place(self, cpu: VgicV3Cpu) -> None:
         """Give ``cpu`` the next free place, if there is one."""
-        region = next((region for region in self.regions if not region.full), None)
-        if region is None:
-            return
-        cpu.region = region
-        cpu.slot = region.used
-        region.used += 1
-        self._map(region.base + cpu.slot * GICR_SIZE, GICR_SIZE, RedistributorFrame(cpu))
+        region = self._free_region()
+        if region is not None:
+            cpu.region = region
+            cpu.slot = region.used
+            region.used += 1
+            self.map_redistributor(cpu)
+
+    def use_up_place(self) -> None:
+        """A vCPU that is not created after all has taken the next free place, if there is one."""
+        region = self._free_region()
+        if region is not None:
+            region.used += 1
 
     def is_last(self, cpu: VgicV3Cpu) -> bool:
         """GICR_TYPER.Last: nothing follows ``cpu`` in its run of redistributors."""
         region = cpu.region
-        if not isinstance(region, Region) or cpu.slot < region.used - 1:
+        if region is None or cpu.slot < region.used - 1:
             return False
         if region.count and cpu.slot == region.count - 1:
             end = region.base + region.count * GICR_SIZE
@@ -200,6 +212,18 @@ class Frames:
         """Have the distributor answer."""
         self.mapped = True
         self._map(self.distributor, GICD_SIZE, DistributorFrame(self.vgic))
+
+    def map_redistributor(self, cpu: VgicV3Cpu) -> None:
+        """Have the redistributor of ``cpu`` answer in its place."""
+        assert cpu.region is not None
+        cpu.frame = RedistributorFrame(cpu)
+        self._map(cpu.region.base + cpu.slot * GICR_SIZE, GICR_SIZE, cpu.frame)
+
+    def _unmap_redistributor(self, cpu: VgicV3Cpu) -> None:
+        if cpu.frame is not None:
+            assert cpu.region is not None
+            self.vgic.vm.mmio.remove(cpu.region.base + cpu.slot * GICR_SIZE, cpu.frame)
+            cpu.frame = None
 
     def _map(self, base: int, size: int, frame: DistributorFrame | RedistributorFrame) -> None:
         # KVM's bus takes overlapping frames; the one registered first answers.

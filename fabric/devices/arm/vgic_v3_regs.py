@@ -225,6 +225,7 @@ GICR = RegisterBlock(
         ),
         Register(
             0x0078, "GICR_PENDBASER", RW, read=_pendbaser, write=_set_pendbaser, length=8, widths=(4, 8),
+            stored=lambda cpu: cpu.pendbaser,
             id=_r("pendbaser"),
         ),
         Register(0x00A0, "GICR_INVLPIR", WO, write=_invlpi, length=8, widths=(4, 8), id=_r("invlpir")),

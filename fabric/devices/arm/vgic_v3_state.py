@@ -14,6 +14,7 @@ import attrs
 from fabric.devices.arm.vgic_frames import UNDEFINED
 from fabric.devices.arm.vgic_irq import NR_PRIVATE_IRQS, VgicIrq
 from fabric.devices.arm.vgic_state import IrqState, restore_irqs, save_irq
+from fabric.devices.arm.vgic_v3_frames import Region
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
@@ -41,11 +42,16 @@ class CpuState:
     lpis_enabled: bool
     pendbaser: int
     seq: int
+    region: int
+    """Which of the redistributor regions it has its place in, in order of registration; -1 for none."""
+    slot: int
+    answers: bool
+    """Its redistributor frame is on the bus."""
 
 
 @attrs.frozen
 class VgicV3State:
-    """A whole GICv3. ``regions`` are (index, base, count) of the redistributor regions."""
+    """A whole GICv3. ``regions`` are (index, base, count, places used) of the redistributor regions."""
 
     version: int = VERSION
     nr_irqs: int = NR_PRIVATE_IRQS
@@ -55,7 +61,7 @@ class VgicV3State:
     revision: int = 3
     propbaser: int = 0
     distributor: int = UNDEFINED
-    regions: tuple[tuple[int, int, int], ...] = ()
+    regions: tuple[tuple[int, int, int, int], ...] = ()
     cpus: tuple[CpuState, ...] = ()
     spis: tuple[IrqState, ...] = ()
     lpis: tuple[IrqState, ...] = ()
@@ -63,7 +69,7 @@ class VgicV3State:
     """LPIs that no ITS maps any more and that are still at a vCPU."""
 
 
-_CPU_FIELDS = tuple(field.name for field in attrs.fields(CpuState) if field.name != "private")
+_CPU_FIELDS = tuple(f.name for f in attrs.fields(CpuState) if f.name not in ("private", "region", "answers"))
 
 
 def save(vgic: VgicV3) -> VgicV3State:
@@ -76,17 +82,19 @@ def save(vgic: VgicV3) -> VgicV3State:
         revision=vgic.revision,
         propbaser=vgic.propbaser,
         distributor=vgic.frames.distributor,
-        regions=tuple((region.index, region.base, region.count) for region in vgic.frames.regions),
-        cpus=tuple(_save_cpu(cpu) for cpu in vgic.cpus),
+        regions=tuple(attrs.astuple(region) for region in vgic.frames.regions),
+        cpus=tuple(_save_cpu(cpu, vgic.frames.regions) for cpu in vgic.cpus),
         spis=tuple(save_irq(irq) for irq in vgic.spis),
         lpis=tuple(save_irq(irq) for irq in vgic.lpis.values()),
         unmapped=tuple(vgic.unmapped),
     )
 
 
-def _save_cpu(cpu: VgicV3Cpu) -> CpuState:
+def _save_cpu(cpu: VgicV3Cpu, regions: list[Region]) -> CpuState:
     return CpuState(
         private=tuple(save_irq(irq) for irq in cpu.private),
+        region=regions.index(cpu.region) if cpu.region in regions else -1,
+        answers=cpu.frame is not None,
         **{name: getattr(cpu, name) for name in _CPU_FIELDS},
     )
 
@@ -99,7 +107,7 @@ def restore(vgic: VgicV3, state: VgicV3State) -> None:
         raise ValueError(f"the state is of {len(state.cpus)} vCPUs, and the VM has {len(vgic.cpus)}")
     frames = vgic.frames
     frames.distributor = state.distributor
-    frames.restore_regions(state.regions)
+    frames.regions = [Region(*region) for region in state.regions]
     vgic.nr_irqs = state.nr_irqs
     if state.initialized:
         vgic.initialize()
@@ -110,6 +118,9 @@ def restore(vgic: VgicV3, state: VgicV3State) -> None:
         for name in _CPU_FIELDS:
             setattr(cpu, name, getattr(saved, name))
         cpu.forwarding = state.forwarding
+        cpu.region = frames.regions[saved.region] if saved.region >= 0 else None
+        if saved.answers:
+            frames.map_redistributor(cpu)
         restore_irqs(vgic.cpus, cpu.private, saved.private)
     restore_irqs(vgic.cpus, vgic.spis, state.spis)
     for lpi in state.lpis:
