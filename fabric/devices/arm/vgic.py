@@ -148,9 +148,15 @@ class Vgic:
         raise NotImplementedError
 
     def initialize(self) -> None:
-        """Fix the number of interrupts and bring up the distributor; again is a no-op."""
+        """Fix the number of interrupts and bring up the distributor; again is a no-op.
+
+        Raises:
+            KvmError: EBUSY while a vCPU is being created.
+        """
         if self.initialized:
             return
+        if len(self.cpus) != len(self.vm.vcpus):
+            raise KvmError(errno.EBUSY, "a vCPU is being created, and has no CPU interface yet")
         if self.nr_irqs == NR_PRIVATE_IRQS:
             self.nr_irqs = DEFAULT_NR_IRQS
         first = self.cpus[0] if self.cpus else None

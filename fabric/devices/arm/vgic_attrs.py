@@ -65,4 +65,5 @@ def init_attr(interface: str) -> Attr:
         "KVM_DEV_ARM_VGIC_CTRL_INIT",
         number=uapi.KVM_DEV_ARM_VGIC_CTRL_INIT,
         set=_initialize,
+        errors=(errno.EBUSY,),
     )

@@ -117,10 +117,14 @@ class VgicV2Cpu(VgicCpu):
         self.apr0 &= self.apr0 - 1
         if irq is not None and irq.active and irq in self.list_registers and not self.eoi_split:
             self.vgic.deactivate(irq)
-        self.refresh()
+        else:
+            self.refresh()
 
     def highest(self, *, aliased: bool = False) -> int:
-        """GICC_HPPIR, or GICC_AHPPIR for ``aliased``: the INTID first in line, whatever runs and whatever PMR says."""
+        """GICC_HPPIR, or GICC_AHPPIR for ``aliased``: the INTID first in line, whatever runs and whatever PMR says.
+
+        The architecture also has the sender of an SGI in it, and the recorded host does not.
+        """
         top = self._top()
         if top is None or not (self.igrpen1 if top[2].group else self.igrpen0):
             return SPURIOUS
@@ -201,11 +205,32 @@ class VgicV2Cpu(VgicCpu):
     def _active(self) -> list[VgicIrq]:
         return [irq for irq in self.order if irq.active]
 
+    def refresh(self) -> None:
+        """Fill the list registers, then as the base class."""
+        if self._long():
+            self._fill()
+        else:
+            self.list_registers = self.order
+        super().refresh()
+
+    def _long(self) -> bool:
+        """Whether KVM sorts the list, and chooses from it: because of its length, or of an SGI with several senders."""
+        order = self.order
+        if len(order) - len(self.parked) > NR_LIST_REGISTERS:
+            return True
+        for irq in order:
+            if irq.intid < NR_SGIS and irq.open + irq.active > 1:
+                return True
+        return bool(self.parked) and sum(_weight(irq) for irq in order) > NR_LIST_REGISTERS
+
+    def _sorted(self) -> list[VgicIrq]:
+        return sorted(self.order, key=_rank if self.parked else _need)
+
     def _sort(self) -> None:
-        """Put the list in order, if it is longer than there are list registers or an SGI counts more than once."""
+        """Put the list in order for good, if KVM does."""
         if not self._long():
             return
-        ordered = sorted(self.order, key=_rank)
+        ordered = self._sorted()
         if ordered != self.order:
             places = [_seq(irq) for irq in self.order]
             parked = list(self.parked.values())
@@ -214,32 +239,21 @@ class VgicV2Cpu(VgicCpu):
             self.parked = {_seq(irq): irq for irq in parked}
             self.order = ordered
 
-    def _long(self) -> bool:
-        return len(self.order) > NR_LIST_REGISTERS or self._several()
-
-    def _several(self) -> bool:
-        # Of SGIs only: pending and active count separately, and so do senders.
-        return any(irq.intid < NR_SGIS and irq.open + irq.active > 1 for irq in self.order)
-
-    def refresh(self) -> None:
-        """Fill the list registers, then as the base class."""
-        self._fill()
-        super().refresh()
-
     def _fill(self) -> None:
-        if not self._long():
-            self.list_registers = self.order
-            return
+        """Choose what is in the list registers, with more to choose from than there are."""
         if self.vcpu.running:
             self._sort()
-        self.list_registers = []
+            order = self.order
+        else:
+            order = self._sorted()
+        self.list_registers = chosen = []
         lowest = 0xFF
-        for irq in self.order if self.vcpu.running else sorted(self.order, key=_rank):
-            if irq.priority > lowest or len(self.list_registers) == NR_LIST_REGISTERS:
+        for irq in order:
+            if irq.priority > lowest or len(chosen) == NR_LIST_REGISTERS:
                 break
             if not irq.active and _seq(irq) in self.parked:
                 continue
-            self.list_registers.append(irq)
+            chosen.append(irq)
             if irq.intid < NR_SGIS and irq.open + irq.active > 1:
                 lowest = irq.priority
 
@@ -249,7 +263,9 @@ class VgicV2Cpu(VgicCpu):
             return None
         best = None
         for irq in self.list_registers:
-            if not irq.active and (best is None or irq.priority < best.priority) and _seq(irq) not in self.parked:
+            if not irq.active and (best is None or irq.priority < best.priority):
+                if self.parked and _seq(irq) in self.parked:
+                    continue
                 best = irq
         return None if best is None else best.entry
 
@@ -278,8 +294,16 @@ def _seq(irq: VgicIrq) -> int:
     return irq.entry[1]
 
 
+def _weight(irq: VgicIrq) -> int:
+    """How many interrupts KVM takes ``irq`` for: an SGI is one from each sender, and one more while it is active."""
+    return irq.open + irq.active if irq.intid < NR_SGIS else irq.active or irq.asserted
+
+
+def _need(irq: VgicIrq) -> int:
+    """By what KVM sorts, while everything on the list is active or waits to be taken."""
+    return -1 if irq.active else irq.priority
+
+
 def _rank(irq: VgicIrq) -> int:
-    """How KVM sorts for the list registers."""
-    if irq.active:
-        return -1
-    return irq.priority if irq.enabled and irq.asserted else 0x100
+    """By what KVM sorts."""
+    return _need(irq) if irq.active or (irq.enabled and irq.asserted) else 0x100

@@ -90,8 +90,7 @@ class Frames:
 
     def map(self) -> None:
         """Have the frames answer."""
-        self.mapped = True
         mmio = self.vgic.vm.mmio
-        # What the hardware answers does not come to the kernel, so it goes before what is on the kernel's bus.
         mmio.add(self.bases[CPU], KVM_VGIC_V2_CPU_SIZE, CpuInterfaceFrame(), shadow=True)
         mmio.add(self.bases[DIST], KVM_VGIC_V2_DIST_SIZE, DistributorFrame(), shadow=True)
+        self.mapped = True
