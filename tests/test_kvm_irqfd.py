@@ -194,7 +194,14 @@ def test_the_newest_vm_gets_the_signals(eventfd: EventFds) -> None:
 # -- resampling
 
 
-@pytest.mark.spec("api.irqfd.rule.resample", "api.seq.irqfd-resample.3-end", "api.seq.irqfd-resample.4-again")
+@pytest.mark.spec(
+    "api.irqfd.rule.resample",
+    "api.seq.irqfd-resample",
+    "api.seq.irqfd-resample.1-assign",
+    "api.seq.irqfd-resample.2-signal",
+    "api.seq.irqfd-resample.3-end",
+    "api.seq.irqfd-resample.4-again",
+)
 def test_a_round_of_a_level_interrupt(eventfd: EventFds) -> None:
     """A signal raises the line; the guest's EOI lowers it and signals the resample eventfd; and again."""
 
