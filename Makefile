@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test lint conformance bench soak clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml
@@ -23,6 +23,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What the interface inventory promises, and which tests claim it; fails on what none does.
+conformance: $(STAMP)
+	$(BIN)/fabric conformance
 
 bench: $(STAMP)
 	$(BIN)/python bench/msi_storm.py

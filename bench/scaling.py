@@ -32,7 +32,8 @@ from fabric.uapi.arm64 import (
     KVM_DEV_ARM_VGIC_GRP_REDIST_REGS,
 )
 from fabric.vmm import Arm64Gicv3
-from fabric.vmm.arm64_gicv3 import GITS_BASE, RAM_BASE
+from fabric.vmm.arm64 import RAM_BASE
+from fabric.vmm.arm64_gicv3 import GITS_BASE
 
 VCPUS = (8, 64, 512)
 STORM_DEVICES = 64

@@ -168,18 +168,55 @@ def boards(seed: SeedOption = None, output: OutOption = None, form: FormatOption
     from fabric.vmm import BOARDS
 
     document = json.dumps({"boards": [board.describe() for board in BOARDS.values()]}, indent=1)
-    if output is not None:
-        try:
-            Path(output).mkdir(parents=True, exist_ok=True)
-            Path(output, "boards.json").write_text(document + "\n", encoding="utf-8")
-        except OSError as error:
-            print(f"fabric: {output}: the list cannot be written: {error.strerror}", file=sys.stderr)
-            raise typer.Exit(WRONG) from None
+    _write(output, "boards.json", document)
     if form is Format.JSON:
         _print(document)
         return
     rows = [[str(value) for value in board.describe().values()] for board in BOARDS.values()]
     _print(table(["board", "architecture", "vCPUs", "what it is"], rows, left=4))
+
+
+@app.command()
+def conformance(
+    context: typer.Context,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="PREFIX", help="Ids that begin so, such as its or vcpu.pmu.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option("--arch", metavar="ARCH", help="What concerns it, as aarch64.")] = None,
+    project: Annotated[
+        str | None, typer.Option("--project", metavar="DIR", help="Whose tests; default: the working directory.")
+    ] = None,
+    holes: Annotated[bool, typer.Option("--holes", help="List only what no test covers.")] = False,
+    seed: SeedOption = None,
+    output: OutOption = None,
+    form: FormatOption = Format.TEXT,
+) -> None:
+    """Compare the inventory of the KVM interface with the tests: what is where, and what no test covers.
+
+    Exit status 1 when an id has no test. Takes the options of every command: nothing is random, and -o writes the
+    JSON document as DIR/conformance.json.
+
+    Example: fabric conformance --arch aarch64 --only its --only vgic-v3
+    """
+    from fabric.conformance import examine, find_project
+    from fabric.report.conformance import render, show
+
+    request = _Request(context, form)
+    found = request.collect(lambda: examine(find_project(project), only or (), arch))
+    if found is None:
+        request.refuse()
+    document = json.dumps(found.to_dict(), indent=1)
+    _write(output, "conformance.json", document)
+    if form is Format.JSON:
+        _print(document)
+    elif sys.stdout.isatty():
+        show(found, holes_only=holes)
+    else:
+        _print(render(found, holes_only=holes))
+    for problem in found.problems:
+        print(f"fabric: {problem}", file=sys.stderr)
+    if not found.complete:
+        raise typer.Exit(FAILED)
 
 
 class _Request:
@@ -299,6 +336,18 @@ def _name_of(path: str) -> str:
     """A scenario's name after the file of its trace."""
     stem = PurePath(path).name.split(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]", "-", stem).lstrip("_-")[:64] or "replay"
+
+
+def _write(output: str | None, name: str, document: str) -> None:
+    """Leave a document in the directory that was asked for."""
+    if output is None:
+        return
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        Path(output, name).write_text(document + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"fabric: {output}: {name} cannot be written: {error.strerror}", file=sys.stderr)
+        raise typer.Exit(WRONG) from None
 
 
 def _print(text: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 from bisect import bisect_left, bisect_right
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fabric.errors import KvmError
 from fabric.uapi.kvm import (
@@ -430,7 +430,14 @@ class GuestMemory:
 
 
 class MmioHandler(Protocol):
-    """Who answers a range of an address space."""
+    """Who answers a range of an address space; inheriting gives the usual ``exits`` and ``eoi_offset``."""
+
+    __slots__ = ()
+
+    exits: ClassVar[bool] = True
+    """An access leaves the guest. False where the host's hardware answers it in the kernel's place."""
+    eoi_offset: ClassVar[int] = -1
+    """Offset of the register whose write ends an interrupt without an exit; -1 where there is none."""
 
     def mmio_read(self, offset: int, size: int, vcpu: Any) -> int:
         """The value of a read of ``size`` bytes at ``offset`` from the range's base."""
@@ -444,16 +451,22 @@ class MmioHandler(Protocol):
 class AddressSpace:
     """MMIO or port addresses and who answers them; lookup is O(log n).
 
-    Ranges do not overlap unless asked to: KVM's in-kernel bus lets devices shadow one another, and there the
-    one registered first answers. So a range added with ``shadow=True`` answers what is left, and comes to
-    light where earlier ones are removed.
+    Ranges do not overlap unless asked to: KVM's in-kernel bus lets devices shadow one another. It keeps them sorted
+    and takes the first that has the address: of two that overlap the one that begins lower, of two with the same
+    base the shorter, and otherwise (a range within another, or equal ones) the one registered first. A range added
+    with ``shadow=True`` answers what is left, and comes to light where others are removed.
+
+    Args:
+        name: for messages.
+        limit: how many ranges it has room for; None for any number.
     """
 
-    __slots__ = ("_pieces", "_regions", "_shadowed", "_starts", "name")
+    __slots__ = ("_pieces", "_regions", "_shadowed", "_starts", "limit", "name")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, limit: int | None = None) -> None:
         self.name = name
-        self._regions: list[tuple[int, int, MmioHandler]] = []  # (base, end, handler) as they came
+        self.limit = limit
+        self._regions: list[tuple[int, int, MmioHandler]] = []  # (base, end, handler), those that go first first
         # What each address resolves to: disjoint pieces (end, base of the region, handler) by start.
         self._starts: list[int] = []
         self._pieces: list[tuple[int, int, MmioHandler]] = []
@@ -464,7 +477,9 @@ class AddressSpace:
 
         Raises:
             ValueError: for a range that is empty or leaves 64 bits, or overlaps another without ``shadow``.
+            KvmError: ENOSPC when there is no room for one more.
         """
+        self.check_room()
         end = base + size
         if size <= 0 or base < 0 or end > 1 << 64:
             raise ValueError(f"a range of {self.name} must be within 64 bits, not {size:#x} from {base:#x}")
@@ -474,9 +489,18 @@ class AddressSpace:
                 f"a range of {self.name} must be free, not {base:#x} to {end:#x}, which overlaps the one at "
                 f"{self._pieces[taken[0]][1]:#x}"
             )
-        self._shadowed |= bool(taken)
-        self._regions.append((base, end, handler))
-        self._fill(base, end, handler)
+        behind = (n for n, (start, stop, _) in enumerate(self._regions) if start >= base and stop > end)
+        self._regions.insert(next(behind, len(self._regions)), (base, end, handler))
+        if taken:
+            self._shadowed = True
+            self._resolve()
+        else:
+            self._fill(base, end, handler)
+
+    def check_room(self) -> None:
+        """KvmError(ENOSPC) when there is no room for one more range."""
+        if self.limit is not None and len(self._regions) >= self.limit:
+            raise KvmError(errno.ENOSPC, f"{self.name} has room for {self.limit} devices, and they are there")
 
     def remove(self, base: int, handler: MmioHandler) -> None:
         """Undo the first :meth:`add` of ``handler`` at ``base``. ``ValueError`` when there was none."""
@@ -486,10 +510,7 @@ class AddressSpace:
             raise ValueError(f"{self.name} must have a range of {handler!r} at {base:#x} to remove it")
         del self._regions[index]
         if self._shadowed:
-            self._starts.clear()
-            self._pieces.clear()
-            for region in self._regions:
-                self._fill(*region)
+            self._resolve()
             self._shadowed = bool(self._regions)
         else:
             at = bisect_left(self._starts, base)
@@ -510,6 +531,13 @@ class AddressSpace:
         if first and self._pieces[first - 1][0] > base:
             first -= 1
         return range(first, bisect_left(self._starts, end))
+
+    def _resolve(self) -> None:
+        """Work out anew who answers where."""
+        self._starts.clear()
+        self._pieces.clear()
+        for region in self._regions:
+            self._fill(*region)
 
     def _fill(self, base: int, end: int, handler: MmioHandler) -> None:
         """Let a region answer where nobody does yet."""

@@ -85,6 +85,15 @@ def test_replay_options_set_keys_of_the_scenario(capsys: Captured) -> None:
     assert all(len(device["vcpus"]) == 1 for device in result["replay"]["devices"].values())
 
 
+def test_a_trace_is_replayed_on_another_board(capsys: Captured) -> None:
+    """All of it arrives there as well."""
+    assert 0 == main(["replay", TRACE, "--board", "arm64-gicv2", "--vcpus", "8"])
+
+    out, _ = capsys.readouterr()
+    assert out.startswith("virtio-blk-2cpu-short: board arm64-gicv2, 8 vCPUs, seed 0, ")
+    assert "\nledger: raised 3859 = delivered 3859 + coalesced 0 + pending 0 + dropped 0\n" in out
+
+
 def test_lines_that_were_not_understood_are_told(tmp_path: Path, capsys: Captured) -> None:
     """With their number and the first of them."""
     path = tmp_path / "trace.txt"
@@ -101,10 +110,12 @@ def test_lines_that_were_not_understood_are_told(tmp_path: Path, capsys: Capture
 def test_boards_lists_the_boards(capsys: Captured) -> None:
     """As a table, or as JSON."""
     assert 0 == main(["boards"])
-    assert "arm64-gicv3" in capsys.readouterr().out
+    out, _ = capsys.readouterr()
+    assert "arm64-gicv3" in out
+    assert "arm64-gicv2" in out
 
     assert 0 == main(["boards", "--format", "json"])
-    assert ["arm64-gicv3"] == [board["name"] for board in json.loads(capsys.readouterr().out)["boards"]]
+    assert ["arm64-gicv3", "arm64-gicv2"] == [board["name"] for board in json.loads(capsys.readouterr().out)["boards"]]
 
 
 def test_boards_takes_the_options_of_every_command(tmp_path: Path, capsys: Captured) -> None:
@@ -141,7 +152,7 @@ def test_the_version(capsys: Captured) -> None:
     assert f"fabric {__version__}\n" == capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "replay", "boards"])
+@pytest.mark.parametrize("command", ["run", "replay", "boards", "conformance"])
 def test_every_command_has_help(command: str, capsys: Captured) -> None:
     """And fabric without arguments shows what there is."""
     assert 0 == main([command, "--help"])
@@ -191,7 +202,7 @@ def test_all_mistakes_are_told_at_once(scenario: str, tmp_path: Path, capsys: Ca
 
     for sentence in (
         "no-trace: the trace cannot be read: no such file or directory",
-        "board: must be one of arm64-gicv3, not 'arm'",
+        "board: must be one of arm64-gicv2, arm64-gicv3, not 'arm'",
         "vcpus: must be an integer from 1 to 512, not 'x'",
         "pcpus: must be an integer from 1 to 4096, not 0",
         "replay.scale: must be a positive number or a fraction such as '1/2', not -1",
@@ -200,6 +211,13 @@ def test_all_mistakes_are_told_at_once(scenario: str, tmp_path: Path, capsys: Ca
         "the run directory cannot be written: it is not empty",
     ):
         assert sentence in err
+
+
+def test_a_board_with_too_few_vcpus(capsys: Captured) -> None:
+    """What the board takes is told."""
+    err = refused(["replay", TRACE, "--board", "arm64-gicv2", "--vcpus", "16"], capsys)
+
+    assert "fabric: scenario: vcpus: must be <= 8 on the board arm64-gicv2, not 16\n" == err
 
 
 def test_a_missing_scenario(capsys: Captured) -> None:
@@ -242,7 +260,7 @@ def test_usage_errors_are_status_2(arguments: list[str], capsys: Captured) -> No
     assert "" == capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["compare", "migrate", "conformance"])
+@pytest.mark.parametrize("command", ["compare", "migrate"])
 def test_what_is_not_built_is_no_command(command: str, capsys: Captured) -> None:
     """No stubs."""
     assert 2 == main([command])

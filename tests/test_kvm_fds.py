@@ -309,7 +309,7 @@ def test_a_dead_vm_answers_eio() -> None:
 def test_options_describe_the_host() -> None:
     """Known options are taken, unknown ones and values out of range refused, with the choice there is."""
     assert "Kvm('aarch64', host_gic=2)" == repr(Kvm("aarch64", host_gic=2))
-    with pytest.raises(TypeError, match="host_gic, ipa_bits"):
+    with pytest.raises(TypeError, match="host_gic, io_bus_devices, ipa_bits"):
         Kvm("aarch64", hostgic=2)
     with pytest.raises(ValueError, match="2 or 3, not 4"):
         Kvm("aarch64", host_gic=4)

@@ -224,3 +224,30 @@ def test_the_request_is_on_the_vm_fd_only() -> None:
 
     assert "EINVAL" == outcome(machine.vcpus[0].ioctl, requests.KVM_IOEVENTFD, struct_)
     assert "ENOTTY" == outcome(machine.gic.ioctl, requests.KVM_IOEVENTFD, struct_)
+
+
+@pytest.mark.spec("api.ioeventfd", "api.ioeventfd.EFAULT.struct")
+def test_a_struct_that_cannot_be_read() -> None:
+    """EFAULT, and nothing is registered."""
+    machine = Arm(gic=False)
+    request = bytearray(uapi.KvmIoeventfd(0, 0x1000, 4, int(machine.kvm.eventfd())).pack())
+
+    assert "EFAULT" == outcome(machine.vm.ioctl, requests.KVM_IOEVENTFD, request[:-1])
+    assert 0 == len(machine.inside.doorbells)
+    assert 0 == machine.vm.ioctl(requests.KVM_IOEVENTFD, request)
+    assert 1 == len(machine.inside.doorbells)
+
+
+@pytest.mark.spec("api.ioeventfd.ENOSPC.bus-full")
+def test_a_bus_that_is_full() -> None:
+    """Doorbells take no room on it; but once in-kernel devices have filled it, nothing can be added."""
+    machine = Arm(gic=False, io_bus_devices=2)
+    for n in range(10):
+        machine.vm.ioeventfd(machine.kvm.eventfd(), 0x1000 + 8 * n, 4)
+    for base in (0x0808_0000, 0x080C_0000):
+        its = machine.vm.create_device(uapi.KVM_DEV_TYPE_ARM_VGIC_ITS)
+        its.set_attr(0, 4, base)
+
+    assert "ENOSPC" == outcome(machine.vm.ioeventfd, machine.kvm.eventfd(), 0x2000, 4)
+    assert "EEXIST" == outcome(machine.vm.ioeventfd, machine.kvm.eventfd(), 0x1000, 4)
+    assert None is outcome(machine.vm.ioeventfd, machine.kvm.eventfd(), 0x2000, 4, flags=PIO)

@@ -44,7 +44,7 @@ def eventfd(request: pytest.FixtureRequest) -> Iterator[Callable[[Arm], Any]]:
 EventFds = Callable[..., Any]
 
 
-@pytest.mark.spec("api.irqfd.rule.arm-spi")
+@pytest.mark.spec("api.irqfd", "api.irqfd.rule.arm-spi", "api.irqfd.note.arm-before")
 def test_a_signal_raises_the_spi_of_its_gsi(eventfd: EventFds) -> None:
     """GSI n is pin n by default, and pin n is SPI 32 + n; the count is consumed."""
     machine = Arm()
@@ -54,6 +54,21 @@ def test_a_signal_raises_the_spi_of_its_gsi(eventfd: EventFds) -> None:
 
     assert 1 << 7 == machine.pending()
     assert "EAGAIN" == outcome(event.read)
+
+
+@pytest.mark.spec("api.irqfd.rule.pulse")
+def test_a_signal_is_an_edge(eventfd: EventFds) -> None:
+    """Each makes the interrupt pending once more: the line is not seen to stay up."""
+    machine = Arm()
+    event = eventfd(machine)
+    machine.vm.irqfd(event, 7)
+    for _ in range(2):
+        event.signal()
+        assert 1 << 7 == machine.pending()
+        machine.set_gicd(0x200 + 4, 0)  # what userspace writes is the latch
+
+    assert 0 == machine.pending()
+    assert 2 == machine.ledger.raised
 
 
 def test_a_level_line_stays_up(eventfd: EventFds) -> None:
@@ -179,7 +194,14 @@ def test_the_newest_vm_gets_the_signals(eventfd: EventFds) -> None:
 # -- resampling
 
 
-@pytest.mark.spec("api.irqfd.rule.resample", "api.seq.irqfd-resample.3-end", "api.seq.irqfd-resample.4-again")
+@pytest.mark.spec(
+    "api.irqfd.rule.resample",
+    "api.seq.irqfd-resample",
+    "api.seq.irqfd-resample.1-assign",
+    "api.seq.irqfd-resample.2-signal",
+    "api.seq.irqfd-resample.3-end",
+    "api.seq.irqfd-resample.4-again",
+)
 def test_a_round_of_a_level_interrupt(eventfd: EventFds) -> None:
     """A signal raises the line; the guest's EOI lowers it and signals the resample eventfd; and again."""
 

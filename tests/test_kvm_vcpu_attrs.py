@@ -35,9 +35,13 @@ def fault(vcpu: VcpuFd, group: int, attr: int, request: int = requests.KVM_SET_D
     return vcpu.ioctl(request, uapi.KvmDeviceAttr(0, group, attr, 8))
 
 
-def case(row: str, make: Callable[[], Arm], *calls: Callable[[Arm, VcpuFd, VcpuFd], Any]) -> Any:
+spec = pytest.mark.spec
+
+
+def case(mark: pytest.MarkDecorator, make: Callable[[], Arm], *calls: Callable[[Arm, VcpuFd, VcpuFd], Any]) -> Any:
     """The last call gives the errno that the row's id names; those before it succeed."""
-    return pytest.param(make, calls, row.split(".")[-2], id=row, marks=pytest.mark.spec(row))
+    row = mark.args[0]
+    return pytest.param(make, calls, row.split(".")[-2], id=row, marks=mark)
 
 
 def set_(group: int, attr: int, value: Any = 0, other: bool = False) -> Callable[[Arm, VcpuFd, VcpuFd], Any]:
@@ -76,41 +80,41 @@ ALLOW = arm.KvmPmuEventFilter(0x11, 1, arm.KVM_PMU_EVENT_ALLOW)
 READ = requests.KVM_GET_DEVICE_ATTR
 
 CASES = [
-    case("vcpu.pmu.irq.ENODEV.no-feature", no_pmu, set_(PMU, IRQ, 23)),
-    case("vcpu.pmu.irq.EINVAL.no-irqchip", no_gic, set_(PMU, IRQ, 23)),
-    case("vcpu.pmu.irq.EFAULT.user-ptr", pmu, bad(PMU, IRQ)),
-    case("vcpu.pmu.irq.EINVAL.number", pmu, set_(PMU, IRQ, 15)),
-    case("vcpu.pmu.irq.EINVAL.conflict", pmu, set_(PMU, IRQ, 23), set_(PMU, IRQ, 24, other=True)),
-    case("vcpu.pmu.irq.EBUSY.already-set", pmu, set_(PMU, IRQ, 23), set_(PMU, IRQ, 23)),
-    case("vcpu.pmu.irq.EBUSY.initialised", pmu, set_(PMU, IRQ, 23), set_(PMU, INIT), set_(PMU, IRQ, 15)),
-    case("vcpu.pmu.irq.ENXIO.not-set", pmu, get(PMU, IRQ)),
-    case("vcpu.pmu.init.ENODEV.unsupported", no_pmu, set_(PMU, INIT)),
-    case("vcpu.pmu.init.EBUSY.initialised", no_gic, set_(PMU, INIT), set_(PMU, INIT)),
-    case("vcpu.pmu.init.ENODEV.gic-not-initialised", uninitialised, set_(PMU, IRQ, 23), set_(PMU, INIT)),
-    case("vcpu.pmu.init.ENXIO.irq-not-set", pmu, set_(PMU, INIT)),
-    case("vcpu.pmu.init.EINVAL.irq-range", pmu, set_(PMU, IRQ, 900), set_(PMU, INIT)),
-    case("vcpu.pmu.init.ENXIO.read", pmu, get(PMU, INIT)),
-    case("vcpu.pmu.filter.ENODEV.no-feature", no_pmu, set_(PMU, FILTER, ALLOW)),
-    case("vcpu.pmu.filter.EBUSY.initialised", no_gic, set_(PMU, INIT), set_(PMU, FILTER, ALLOW)),
-    case("vcpu.pmu.filter.EFAULT.user-ptr", pmu, bad(PMU, FILTER)),
-    case("vcpu.pmu.filter.EINVAL.range", pmu, set_(PMU, FILTER, arm.KvmPmuEventFilter(0xFFFF, 2))),
-    case("vcpu.pmu.filter.EINVAL.action", pmu, set_(PMU, FILTER, arm.KvmPmuEventFilter(0x11, 1, 2))),
-    case("vcpu.pmu.filter.ENXIO.read", pmu, get(PMU, FILTER)),
-    case("vcpu.pmu.set-pmu.ENODEV.no-feature", no_pmu, set_(PMU, SET_PMU, 8)),
-    case("vcpu.pmu.set-pmu.EBUSY.initialised", no_gic, set_(PMU, INIT), set_(PMU, SET_PMU, 8)),
-    case("vcpu.pmu.set-pmu.EFAULT.user-ptr", pmu, bad(PMU, SET_PMU)),
-    case("vcpu.pmu.set-pmu.ENXIO.unknown", pmu, set_(PMU, SET_PMU, 7)),
-    case("vcpu.pmu.set-pmu.ENXIO.read", pmu, get(PMU, SET_PMU)),
-    case("vcpu.timer.vtimer.EINVAL.no-irqchip", no_gic, bad(TIMER, 0)),
-    case("vcpu.timer.vtimer.EFAULT.user-ptr", pmu, bad(TIMER, 0, READ)),
-    case("vcpu.timer.vtimer.EINVAL.not-ppi", pmu, set_(TIMER, 0, 32)),
-    case("vcpu.timer.ptimer.EINVAL.no-irqchip", no_gic, set_(TIMER, 1, 20)),
-    case("vcpu.timer.ptimer.EFAULT.user-ptr", pmu, bad(TIMER, 1)),
-    case("vcpu.timer.ptimer.EINVAL.not-ppi", pmu, set_(TIMER, 1, 15)),
-    case("vcpu.pvtime.ipa.EFAULT.user-ptr", memory, bad(PVTIME, 0)),
-    case("vcpu.pvtime.ipa.EINVAL.align", memory, set_(PVTIME, 0, RAM + 32)),
-    case("vcpu.pvtime.ipa.EEXIST.already-set", memory, set_(PVTIME, 0, RAM), set_(PVTIME, 0, RAM + 64)),
-    case("vcpu.pvtime.ipa.EINVAL.no-slot", memory, set_(PVTIME, 0, RAM + RAM_SIZE)),
+    case(spec("vcpu.pmu.irq.ENODEV.no-feature"), no_pmu, set_(PMU, IRQ, 23)),
+    case(spec("vcpu.pmu.irq.EINVAL.no-irqchip"), no_gic, set_(PMU, IRQ, 23)),
+    case(spec("vcpu.pmu.irq.EFAULT.user-ptr"), pmu, bad(PMU, IRQ)),
+    case(spec("vcpu.pmu.irq.EINVAL.number"), pmu, set_(PMU, IRQ, 15)),
+    case(spec("vcpu.pmu.irq.EINVAL.conflict"), pmu, set_(PMU, IRQ, 23), set_(PMU, IRQ, 24, other=True)),
+    case(spec("vcpu.pmu.irq.EBUSY.already-set"), pmu, set_(PMU, IRQ, 23), set_(PMU, IRQ, 23)),
+    case(spec("vcpu.pmu.irq.EBUSY.initialised"), pmu, set_(PMU, IRQ, 23), set_(PMU, INIT), set_(PMU, IRQ, 15)),
+    case(spec("vcpu.pmu.irq.ENXIO.not-set"), pmu, get(PMU, IRQ)),
+    case(spec("vcpu.pmu.init.ENODEV.unsupported"), no_pmu, set_(PMU, INIT)),
+    case(spec("vcpu.pmu.init.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, INIT)),
+    case(spec("vcpu.pmu.init.ENODEV.gic-not-initialised"), uninitialised, set_(PMU, IRQ, 23), set_(PMU, INIT)),
+    case(spec("vcpu.pmu.init.ENXIO.irq-not-set"), pmu, set_(PMU, INIT)),
+    case(spec("vcpu.pmu.init.EINVAL.irq-range"), pmu, set_(PMU, IRQ, 900), set_(PMU, INIT)),
+    case(spec("vcpu.pmu.init.ENXIO.read"), pmu, get(PMU, INIT)),
+    case(spec("vcpu.pmu.filter.ENODEV.no-feature"), no_pmu, set_(PMU, FILTER, ALLOW)),
+    case(spec("vcpu.pmu.filter.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, FILTER, ALLOW)),
+    case(spec("vcpu.pmu.filter.EFAULT.user-ptr"), pmu, bad(PMU, FILTER)),
+    case(spec("vcpu.pmu.filter.EINVAL.range"), pmu, set_(PMU, FILTER, arm.KvmPmuEventFilter(0xFFFF, 2))),
+    case(spec("vcpu.pmu.filter.EINVAL.action"), pmu, set_(PMU, FILTER, arm.KvmPmuEventFilter(0x11, 1, 2))),
+    case(spec("vcpu.pmu.filter.ENXIO.read"), pmu, get(PMU, FILTER)),
+    case(spec("vcpu.pmu.set-pmu.ENODEV.no-feature"), no_pmu, set_(PMU, SET_PMU, 8)),
+    case(spec("vcpu.pmu.set-pmu.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, SET_PMU, 8)),
+    case(spec("vcpu.pmu.set-pmu.EFAULT.user-ptr"), pmu, bad(PMU, SET_PMU)),
+    case(spec("vcpu.pmu.set-pmu.ENXIO.unknown"), pmu, set_(PMU, SET_PMU, 7)),
+    case(spec("vcpu.pmu.set-pmu.ENXIO.read"), pmu, get(PMU, SET_PMU)),
+    case(spec("vcpu.timer.vtimer.EINVAL.no-irqchip"), no_gic, bad(TIMER, 0)),
+    case(spec("vcpu.timer.vtimer.EFAULT.user-ptr"), pmu, bad(TIMER, 0, READ)),
+    case(spec("vcpu.timer.vtimer.EINVAL.not-ppi"), pmu, set_(TIMER, 0, 32)),
+    case(spec("vcpu.timer.ptimer.EINVAL.no-irqchip"), no_gic, set_(TIMER, 1, 20)),
+    case(spec("vcpu.timer.ptimer.EFAULT.user-ptr"), pmu, bad(TIMER, 1)),
+    case(spec("vcpu.timer.ptimer.EINVAL.not-ppi"), pmu, set_(TIMER, 1, 15)),
+    case(spec("vcpu.pvtime.ipa.EFAULT.user-ptr"), memory, bad(PVTIME, 0)),
+    case(spec("vcpu.pvtime.ipa.EINVAL.align"), memory, set_(PVTIME, 0, RAM + 32)),
+    case(spec("vcpu.pvtime.ipa.EEXIST.already-set"), memory, set_(PVTIME, 0, RAM), set_(PVTIME, 0, RAM + 64)),
+    case(spec("vcpu.pvtime.ipa.EINVAL.no-slot"), memory, set_(PVTIME, 0, RAM + RAM_SIZE)),
 ]
 
 

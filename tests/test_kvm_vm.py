@@ -75,6 +75,18 @@ def test_machine_types_are_address_widths() -> None:
     assert "EINVAL" == outcome(Host(Kvm("aarch64", ipa_bits=36)).create_vm, 0)
 
 
+@pytest.mark.spec("api.create-vm", "api.create-vm.rule.empty")
+def test_a_new_vm_is_empty() -> None:
+    """No vCPU, no memory, no device; its fd answers."""
+    kvm = Kvm("aarch64")
+    vm = Host(kvm).create_vm()
+    inside = kvm.vm(vm.fd)
+
+    assert ([], [], [], None) == (inside.vcpus, list(inside.memory), inside.devices, inside.irqchip)
+    assert "EFAULT" == outcome(inside.memory.read, 0x8000_0000, 1)
+    assert 1 == vm.check_extension(uapi.KVM_CAP_USER_MEMORY)
+
+
 @pytest.mark.spec(
     "api.create-vcpu.EINVAL.id",
     "api.create-vcpu.EINVAL.arm-id",
@@ -96,6 +108,19 @@ def test_vcpu_ids() -> None:
     assert "EBUSY" == outcome(machine.vm.create_vcpu, 5)
 
 
+@pytest.mark.spec(
+    "api.create-vcpu", "api.create-vcpu.rule.id-range", "api.create-vcpu.note.range", "api.cap.max-vcpu-id"
+)
+def test_the_range_of_ids_is_that_of_the_capability() -> None:
+    """From 0 to KVM_CAP_MAX_VCPU_ID - 1, however many vCPUs there are; the fd is a vCPU's."""
+    machine = Arm(0, gic=False)
+    limit = machine.vm.check_extension(uapi.KVM_CAP_MAX_VCPU_ID)
+
+    assert "EINVAL" == outcome(machine.vm.create_vcpu, limit)
+    last = machine.vm.create_vcpu(limit - 1)
+    assert limit - 1 == machine.kvm.vcpu(last.fd).vcpu_id
+
+
 @pytest.mark.spec("api.create-vcpu.EINVAL.arm-id")
 def test_a_host_with_gicv2_has_eight_vcpus() -> None:
     """Ids from 8 on are EINVAL."""
@@ -115,10 +140,14 @@ def test_a_vm_has_512_vcpus() -> None:
 
 
 @pytest.mark.spec(
-    "api.create-device.ENODEV.type", "api.create-device.rule.test", "api.create-device.rule.unknown-flags"
+    "api.create-device.ENODEV.type",
+    "api.create-device.rule.test",
+    "api.create-device.rule.unknown-flags",
+    "api.create-device.note.pv-time-type",
 )
 def test_device_types() -> None:
-    """Types the host lacks are ENODEV; a test creates nothing; other flags are ignored."""
+    """Types the host lacks are ENODEV, and so is PV_TIME (10), which has nothing but a number; a test creates
+    nothing, other flags are ignored."""
     machine = Arm(gic=False)
     create = machine.vm.create_device
     types = {n: outcome(create, n, uapi.KVM_CREATE_DEVICE_TEST) for n in (0, 4, 5, 7, 8, 10, 11, 0xFFFF_FFFF)}
@@ -126,6 +155,33 @@ def test_device_types() -> None:
     assert {0, 5, 10, 11, 0xFFFF_FFFF} == {n for n, answer in types.items() if answer == "ENODEV"}
     assert [] == machine.inside.devices
     assert "EEXIST" == [outcome(create, uapi.KVM_DEV_TYPE_ARM_VGIC_V3, 2) for _ in range(2)][1]
+
+
+@pytest.mark.spec("api.create-device", "api.create-device.rule.fd", "api.create-device.EFAULT.struct")
+def test_the_fd_of_a_device_is_in_the_struct() -> None:
+    """The other fields stay; a struct that is too short is EFAULT."""
+    machine = Arm(gic=False)
+    request = bytearray(uapi.KvmCreateDevice(uapi.KVM_DEV_TYPE_ARM_VGIC_V3, 0x1234, 2).pack())
+
+    assert "EFAULT" == outcome(machine.vm.ioctl, requests.KVM_CREATE_DEVICE, request[:-1])
+    assert [] == machine.inside.devices
+    assert 0 == machine.vm.ioctl(requests.KVM_CREATE_DEVICE, request)
+    answer = uapi.KvmCreateDevice.unpack(request)
+    assert (uapi.KVM_DEV_TYPE_ARM_VGIC_V3, 2) == (answer.type, answer.flags)
+    assert machine.inside.irqchip is machine.kvm.device(answer.fd)
+
+
+@pytest.mark.spec("api.create-device.EEXIST.already", "api.create-device.note.device-errors", "vfio.create.note.eexist")
+def test_a_second_device_of_a_type() -> None:
+    """EEXIST for a GIC, while VFIO has an errno of its own, EBUSY; several ITSs are fine."""
+    machine = Arm()
+    create = machine.vm.create_device
+    created = create(uapi.KVM_DEV_TYPE_VFIO)
+
+    assert ["EEXIST", "EBUSY"] == [outcome(create, n) for n in (uapi.KVM_DEV_TYPE_ARM_VGIC_V3, uapi.KVM_DEV_TYPE_VFIO)]
+    assert 2 == len({create(uapi.KVM_DEV_TYPE_ARM_VGIC_ITS).fd for _ in range(2)})
+    created.close()
+    create(uapi.KVM_DEV_TYPE_VFIO)
 
 
 @pytest.mark.spec("api.create-irqchip.ENODEV.arm-no-v2")
@@ -186,6 +242,18 @@ def test_the_dirty_log_is_fetched_and_cleared() -> None:
     assert bytes(8) == machine.vm.dirty_log(1, 16)
 
 
+@pytest.mark.spec("api.get-dirty-log", "api.get-dirty-log.EFAULT.struct")
+def test_a_dirty_log_that_cannot_be_stored() -> None:
+    """EFAULT for a struct that is too short, and for a bitmap that is nowhere."""
+    machine = Arm(gic=False)
+    machine.vm.set_memory(1, 0x1_0000, 0x1_0000, machine.user.map(0x1_0000), uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    call = machine.vm.ioctl
+
+    assert "EFAULT" == outcome(call, requests.KVM_GET_DIRTY_LOG, bytearray(15))
+    assert "EFAULT" == outcome(call, requests.KVM_GET_DIRTY_LOG, uapi.KvmDirtyLog(1, 0, 8))
+    assert 0 == call(requests.KVM_GET_DIRTY_LOG, uapi.KvmDirtyLog(1, 0, machine.host.values.addr))
+
+
 @pytest.mark.spec("api.get-dirty-log.ENOENT.no-log", "api.get-dirty-log.EINVAL.slot")
 def test_slots_without_a_dirty_log() -> None:
     """ENOENT where there is no slot or no log, EINVAL for a number that no slot can have."""
@@ -210,6 +278,39 @@ def test_a_dirty_log_may_be_cleared_apart() -> None:
     machine.vm.ioctl(requests.KVM_CLEAR_DIRTY_LOG, uapi.KvmClearDirtyLog(1, 16, 0, machine.host.values.addr))
     assert (0xFF00).to_bytes(8, "little") == machine.vm.dirty_log(1, 16)
     assert "EFAULT" == outcome(machine.vm.ioctl, requests.KVM_CLEAR_DIRTY_LOG, uapi.KvmClearDirtyLog(1, 16, 0, 8))
+
+
+@pytest.mark.spec("api.set-user-memory-region")
+def test_a_slot_is_made_moved_reflagged_and_deleted() -> None:
+    """By the same call; what it holds stays with the user's memory."""
+    machine = Arm(gic=False)
+    user = machine.user.map(8192)
+    machine.user.write(user, b"here")
+    memory = machine.inside.memory
+
+    machine.vm.set_memory(3, 0x1_0000, 8192, user)
+    assert b"here" == memory.read(0x1_0000, 4)
+    machine.vm.set_memory(3, 0x4_0000, 8192, user)
+    assert (False, b"here") == (memory.is_backed(0x1_0000), memory.read(0x4_0000, 4))
+    machine.vm.set_memory(3, 0x4_0000, 8192, user, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+    memory.write(0x4_1000, b"x")
+    assert (2).to_bytes(8, "little") == machine.vm.dirty_log(3, 2)
+    machine.vm.set_memory(3, 0, 0)
+    assert [] == list(memory)
+
+
+@pytest.mark.spec("api.set-user-memory-region.rule.slot", "api.set-user-memory-region.EFAULT.struct")
+def test_a_slot_value_is_a_number_and_an_address_space() -> None:
+    """Bits 15:0 and 31:16; arm64 has one space of as many slots as the capability says. A short struct is EFAULT."""
+    machine = Arm(gic=False)
+    user = machine.user.map(4096)
+    last = machine.vm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS) - 1
+
+    assert [None, "EINVAL", "EINVAL"] == [
+        outcome(machine.vm.set_memory, slot, 0, 4096, user) for slot in (last, last + 1, 1 << 16)
+    ]
+    region = bytearray(uapi.KvmUserspaceMemoryRegion(1, 0, 0x1_0000, 4096, user).pack())
+    assert "EFAULT" == outcome(machine.vm.ioctl, requests.KVM_SET_USER_MEMORY_REGION, region[:-1])
 
 
 @pytest.mark.spec("api.set-user-memory-region.EEXIST.overlap")
@@ -243,6 +344,33 @@ def test_memory_that_was_unmapped_is_efault() -> None:
 
 
 # -- KVM_IRQ_LINE
+
+
+@pytest.mark.spec("api.irq-line", "api.irq-line.rule.level")
+def test_levels_and_edges() -> None:
+    """1 asserts and 0 does not: a level-triggered interrupt follows, an edge-triggered one stays with its edge."""
+    machine = Arm()
+    level, edge = arm.irq_line(SPI, 40), arm.irq_line(SPI, 41)
+    machine.set_gicd(0xC08, 0x0008_0000)  # SPI 41 by edges, the other by level
+    for irq in (level, edge):
+        machine.vm.irq_line(irq, 1)
+
+    assert (1 << 8 | 1 << 9, 1 << 8) == (machine.pending() | machine.lines(), machine.lines() & 1 << 8)
+
+    for irq in (level, edge):
+        machine.vm.irq_line(irq, 0)
+    assert (1 << 9, 0) == (machine.pending(), machine.lines() & 1 << 8)
+
+
+@pytest.mark.spec("api.irq-line.rule.result-ignored")
+def test_what_becomes_of_a_line_is_not_reported() -> None:
+    """0 for one that was pending already, and for one that is disabled."""
+    machine = Arm()
+
+    assert [0, 0] == [
+        machine.vm.ioctl(requests.KVM_IRQ_LINE, uapi.KvmIrqLevel(arm.irq_line(SPI, 40), 1)) for _ in range(2)
+    ]
+    assert (2, 1) == (machine.ledger.raised, machine.ledger.coalesced)
 
 
 @pytest.mark.spec(
@@ -293,7 +421,12 @@ def test_irq_line_before_init() -> None:
     assert "EBUSY" == outcome(machine.vm.irq_line, arm.irq_line(SPI, 40), 1)
 
 
-@pytest.mark.spec("api.irq-line-status.rule.arm-no-route", "api.irq-line.rule.arm-no-route")
+@pytest.mark.spec(
+    "api.irq-line-status",
+    "api.irq-line-status.rule.arm-no-route",
+    "api.irq-line.rule.arm-no-route",
+    "api.irq-line.note.routing-arm",
+)
 def test_irq_line_does_not_look_at_routes() -> None:
     """The number is the interrupt's own; the status variant reports nothing on arm64."""
     machine = Arm()
@@ -339,9 +472,17 @@ def test_the_status_variant_has_the_same_errors() -> None:
 # -- KVM_SIGNAL_MSI
 
 
-@pytest.mark.spec("api.signal-msi.EBUSY.arm-disabled", "api.signal-msi.EINVAL.arm-no-devid")
+@pytest.mark.spec(
+    "api.signal-msi",
+    "api.signal-msi.rule.arm",
+    "api.signal-msi.rule.devid",
+    "api.signal-msi.note.arch-list",
+    "api.signal-msi.EBUSY.arm-disabled",
+    "api.signal-msi.EINVAL.arm-no-devid",
+)
 def test_what_becomes_of_a_message() -> None:
-    """1 delivered, 0 not mapped; EINVAL without a device id or outside the frame, EBUSY with the ITS disabled."""
+    """1 delivered, 0 not mapped; EINVAL without the device id that an ITS needs, or outside the frame; EBUSY with the
+    ITS disabled."""
     machine = Arm(memory=True)
     machine.add_its()
     signal = machine.vm.signal_msi
@@ -351,6 +492,8 @@ def test_what_becomes_of_a_message() -> None:
     machine.its.set_attr(arm.KVM_DEV_ARM_VGIC_GRP_ITS_REGS, 0, 0)
 
     assert ["EINVAL", "EINVAL", 1, 0] == answers
+    assert 1 == machine.vm.check_extension(uapi.KVM_CAP_MSI_DEVID)
+    assert machine.lpi_pending()
     assert "EBUSY" == outcome(signal, DOORBELL, 0, 8)
     machine.kvm.check()
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent / "fabric"
 LAYERS = (
     ("cli", "__main__", "pytest_plugin"),
     ("report",),
+    ("conformance",),
     ("scenario",),
     ("migration",),
     ("vmm",),

@@ -492,8 +492,24 @@ class TestAddressSpace:
         with pytest.raises(ValueError, match="a range of pio must be within 64 bits"):
             AddressSpace("pio").add(base, size, Device("x"))
 
+    @pytest.mark.parametrize("later", [0, 1])
+    @pytest.mark.parametrize(
+        ("ranges", "addr"),
+        [
+            pytest.param(((0x1000, 0x200), (0x1100, 0x200)), 0x1180, id="begins-lower"),
+            pytest.param(((0x1000, 0x100), (0x1000, 0x200)), 0x1080, id="shorter"),
+        ],
+    )
+    def test_which_of_two_answers(self, ranges: tuple[tuple[int, int], ...], addr: int, later: int) -> None:
+        """As on KVM's bus the one that begins lower, or with one base the shorter, whichever came first."""
+        space, devices = AddressSpace("mmio"), [Device("first"), Device("second")]
+        for n in (1 - later, later):
+            space.add(*ranges[n], devices[n], shadow=True)
+
+        assert (devices[0], addr - 0x1000) == space.find(addr)
+
     def test_the_earlier_range_shadows_the_later(self) -> None:
-        """As on KVM's bus the first registered answers; what it gives up comes to light."""
+        """A range within another is answered by the one registered first; what it gives up comes to light."""
         space, first, second = AddressSpace("mmio"), Device("first"), Device("second")
         space.add(0x1000, 0x100, first)
         space.add(0x0F00, 0x300, second, shadow=True)
@@ -526,7 +542,8 @@ class TestAddressSpace:
                 free = not any(base < b + s and b < base + size for b, s, _ in model)
                 if free or shadow:
                     space.add(base, size, device, shadow=shadow)
-                    model.append((base, size, device))
+                    behind = (n for n, (b, s, _) in enumerate(model) if b >= base and b + s > base + size)
+                    model.insert(next(behind, len(model)), (base, size, device))
                 else:
                     with pytest.raises(ValueError, match="must be free"):
                         space.add(base, size, device)

@@ -76,6 +76,23 @@ def test_sources_and_vcpus_are_rows() -> None:
     assert 10 == statistics.vcpus[1].stages["pending_acknowledged"].max
 
 
+def test_an_sgi_of_several_senders_is_pending_several_times() -> None:
+    """On a GICv2: each is a sample, the first one taken the first one that was pending; the last one is dropped."""
+    clock = HandClock()
+    recorder = Recorder(clock)
+    for clock.now in (10, 20, 30):
+        recorder.pending(0, 1)
+    recorder.dropped(0, 1, "cleared")
+    for clock.now in (40, 60):
+        recorder.acknowledged(0, 1)
+        recorder.completed(0, 1)
+
+    total = recorder.statistics().total
+
+    assert (3, 1, 2) == (total.pended, total.dropped, total.stages["raised_eoi"].count)
+    assert (30, 40) == (total.stages["raised_eoi"].min, total.stages["raised_eoi"].max)
+
+
 def test_private_interrupts_are_told_apart_by_vcpu() -> None:
     """The timer of vCPU 0 and that of vCPU 1 are pending at the same time under one number."""
     clock = HandClock()

@@ -14,6 +14,7 @@ from test_vcpu import DEVICE, SPI, Machine
 
 import fabric
 from fabric.errors import KvmError
+from fabric.memory import MmioHandler
 from fabric.vcpu import Costs, Host
 
 Body = Callable[[Any], Awaitable[object]]
@@ -292,6 +293,49 @@ def test_a_host_that_cannot_be_is_refused(arguments: dict[str, int], words: str)
 
 
 # Costs.
+
+
+class Frame(MmioHandler):
+    """A register that the kernel emulates."""
+
+    def mmio_read(self, offset: int, size: int, vcpu: Any) -> int:
+        return 7
+
+    def mmio_write(self, offset: int, size: int, value: int, vcpu: Any) -> None:
+        pass
+
+
+class MappedFrame(Frame):
+    """One that the hardware answers; a write to 0x10 ends an interrupt."""
+
+    exits = False
+    eoi_offset = 0x10
+
+
+@pytest.mark.parametrize(("frame", "ends"), [(Frame(), (11, 22, 33)), (MappedFrame(), (0, 0, 5))])
+def test_frames_that_hardware_answers_cost_no_exit(frame: Frame, ends: tuple[int, ...]) -> None:
+    """Neither loads nor stores; the write that ends an interrupt costs what an end costs, with what comes next."""
+    seen = []
+
+    async def program(cpu: Any) -> None:
+        assert 7 == await cpu.load(DEVICE, 4)
+        seen.append(fabric.now())
+        await cpu.store(DEVICE, 4, 0)
+        seen.append(fabric.now())
+        await cpu.store(DEVICE + 0x10, 4, 0)
+        await cpu.compute(0)
+        seen.append(fabric.now())
+        await cpu.system_off()
+
+    async def main() -> None:
+        machine = Machine()
+        machine.kvm.vm(machine.vm.fd).mmio.add(DEVICE, 0x20, frame)
+        machine.vcpu().costs = Costs(exit_ns=11, eoi_ns=5)
+        machine.vcpus[0].load(program)
+        await machine.run()
+
+    fabric.run(main)
+    assert ends == tuple(seen)
 
 
 @pytest.mark.parametrize(

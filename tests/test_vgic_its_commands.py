@@ -353,11 +353,13 @@ class TestMapti:
 @pytest.mark.spec("its.cmd.movi")
 class TestMovi:
     def test_moves_with_pending_state(self, machine: ItsMachine) -> None:
-        """The LPI goes to the vCPU of the new collection at once."""
+        """The LPI goes to the vCPU of the new collection, as soon as the vCPU that has it runs."""
         machine.forward()
         machine.msi(1, 0)
         assert (True, False) == (machine.vgic.cpus[0].line, machine.vgic.cpus[1].line)
         machine.run(movi(1, 0, 1))
+        assert (False, False) == (machine.vgic.cpus[0].line, machine.vgic.cpus[1].line)
+        machine.vgic.cpus[0].load()
         assert (False, True) == (machine.vgic.cpus[0].line, machine.vgic.cpus[1].line)
         assert LPI == machine.vgic.cpus[1].acknowledge(1)
 
@@ -437,6 +439,7 @@ class TestDiscard:
         machine.run(event_command("DISCARD", 1, 0))
         assert {} == machine.dropped()
         machine.vgic.set_forwarding(False)
+        machine.vgic.cpus[0].load()
         machine.run(mapti(1, 0, LPI, 0))
         assert ({"unmapped": 1}, {}) == (machine.dropped(), machine.pending())
 

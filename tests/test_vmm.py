@@ -5,28 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from boards import every_board
 
 import fabric
 from fabric.clock import current_engine
 from fabric.guest.driver import Vector
 from fabric.guest.pci import MSIX_CONTROL, MSIX_TABLE, RINGS, write_msix
 from fabric.trace.ledger import LedgerStatement
-from fabric.vmm import BOARDS, Arm64Gicv3, Device, RecordedSource, run_guest
-from fabric.vmm.arm64_gicv3 import BAR_BASE
+from fabric.vmm import BOARDS, Arm64Gicv2, Arm64Gicv3, Device, RecordedSource, run_guest
+from fabric.vmm.arm64 import BAR_BASE
 from fabric.vmm.machine import SLOT_SIZE
 
-BOARD = "arm64-gicv3"
 
-
-def ledger_of(guest: Any, vcpus: int = 1) -> LedgerStatement:
-    result: LedgerStatement = fabric.run(run_guest, BOARD, guest, vcpus)
+def ledger_of(guest: Any, vcpus: int = 1, board: str = "arm64-gicv3") -> LedgerStatement:
+    result: LedgerStatement = fabric.run(run_guest, board, guest, vcpus)
     return result
 
 
 # Guests
 
 
-def test_a_guest_takes_the_interrupts_of_its_timer() -> None:
+@every_board
+def test_a_guest_takes_the_interrupts_of_its_timer(board: str) -> None:
     """Each at the time it was set to, once."""
     seen: list[int] = []
 
@@ -38,11 +38,12 @@ def test_a_guest_takes_the_interrupts_of_its_timer() -> None:
             await driver.set_timer(cpu, us * 16_000, tick)
             await cpu.wait_for_interrupt()
 
-    assert LedgerStatement(raised=3, delivered=3) == ledger_of(guest)
+    assert LedgerStatement(raised=3, delivered=3) == ledger_of(guest, board=board)
     assert [16_000, 80_000, 256_000] == seen
 
 
-def test_a_guest_interrupts_its_other_cpus() -> None:
+@every_board
+def test_a_guest_interrupts_its_other_cpus(board: str) -> None:
     """IPIs of two kinds do not merge."""
     seen: list[tuple[int, str]] = []
 
@@ -55,23 +56,41 @@ def test_a_guest_interrupts_its_other_cpus() -> None:
 
         driver.on_ipi(first, 1, "first")
         driver.on_ipi(second, 2, "second")
-        await cpu.compute(1000)
         for kind in (1, 2, 1):
             await driver.send_ipi(cpu, 1, kind)
         await cpu.compute(1000)
 
-    assert LedgerStatement(raised=3, delivered=2, coalesced=1) == ledger_of(guest, 2)
+    assert LedgerStatement(raised=3, delivered=2, coalesced=1) == ledger_of(guest, 2, board=board)
     assert [(1, "first"), (1, "second")] == seen
 
 
-def test_an_ipi_kind_that_there_is_not() -> None:
+@every_board
+def test_a_guest_begins_when_all_its_cpus_are_up(board: str) -> None:
+    """What it does first may concern any of them."""
+    seen: list[int] = []
+
+    async def guest(cpu: Any, driver: Any) -> None:
+        async def taken(cpu: Any) -> None:
+            seen.append(cpu.number)
+
+        driver.on_ipi(taken)
+        for number in range(1, 4):
+            await driver.send_ipi(cpu, number)
+        await cpu.compute(1000)
+
+    assert LedgerStatement(raised=3, delivered=3) == ledger_of(guest, 4, board)
+    assert [1, 2, 3] == seen
+
+
+@every_board
+def test_an_ipi_kind_that_there_is_not(board: str) -> None:
     """Eight kinds work on every board."""
 
     async def guest(cpu: Any, driver: Any) -> None:
         with pytest.raises(ValueError, match="must be 0 to 7, not 8"):
             driver.on_ipi(guest, 8)
 
-    ledger_of(guest)
+    ledger_of(guest, board=board)
 
 
 def test_a_board_that_there_is_not() -> None:
@@ -80,7 +99,7 @@ def test_a_board_that_there_is_not() -> None:
     async def guest(cpu: Any, driver: Any) -> None:
         pass
 
-    with pytest.raises(ValueError, match="must be one of arm64-gicv3, not 'pdp11'"):
+    with pytest.raises(ValueError, match="must be one of arm64-gicv3, arm64-gicv2, not 'pdp11'"):
         fabric.run(run_guest, "pdp11", guest)
 
 
@@ -92,11 +111,12 @@ def test_every_board_describes_itself() -> None:
         assert about["about"]
 
 
-def test_a_guest_can_shut_its_machine_down() -> None:
+@every_board
+def test_a_guest_can_shut_its_machine_down(board: str) -> None:
     """The machine's run ends, and says why."""
 
     async def main() -> str | None:
-        machine = Arm64Gicv3(2)
+        machine = BOARDS[board](2)
 
         async def program(cpu: Any) -> None:
             await cpu.compute(500)
@@ -124,13 +144,20 @@ def test_an_exit_that_the_vmm_does_not_know_is_an_error(monkeypatch: pytest.Monk
         fabric.run(main)
 
 
+def test_a_machine_with_too_many_vcpus() -> None:
+    """Says how many its board takes."""
+    with pytest.raises(ValueError, match="the board arm64-gicv2 has at most 8 vCPUs, not 9"):
+        Arm64Gicv2(9)
+
+
 def test_a_machine_without_vcpus() -> None:
     """Is none."""
     with pytest.raises(ValueError, match="at least one vCPU, not 0"):
         Arm64Gicv3(0)
 
 
-def test_a_closed_machine_accounts_for_what_it_held() -> None:
+@every_board
+def test_a_closed_machine_accounts_for_what_it_held(board: str) -> None:
     """Its interrupts are dropped with a reason."""
 
     async def guest(cpu: Any, driver: Any) -> None:
@@ -138,7 +165,7 @@ def test_a_closed_machine_accounts_for_what_it_held() -> None:
         await driver.send_ipi(cpu, 0)
 
     async def main() -> tuple[LedgerStatement, LedgerStatement]:
-        machine = Arm64Gicv3(1)
+        machine = BOARDS[board](1)
         await machine.run_guest(guest)
         before = machine.kvm.statement()
         machine.close()
@@ -168,14 +195,15 @@ def test_a_machine_with_more_memory_than_a_slot_takes() -> None:
 # Devices
 
 
-def test_memory_nobody_answers_reads_all_ones() -> None:
+@every_board
+def test_memory_nobody_answers_reads_all_ones(board: str) -> None:
     """As on a bus; a write there has no effect."""
 
     async def guest(cpu: Any, driver: Any) -> None:
         await cpu.store(BAR_BASE, 4, 1)
         assert 0xFFFF_FFFF == await cpu.load(BAR_BASE, 4)
 
-    ledger_of(guest)
+    ledger_of(guest, board=board)
 
 
 def test_registers_of_a_device_that_are_none() -> None:
@@ -205,12 +233,13 @@ def test_a_vector_the_guest_has_not_programmed_raises_nothing() -> None:
     assert 2 == fabric.run(main)
 
 
-def test_a_recording_is_raised_at_its_times() -> None:
+@every_board
+def test_a_recording_is_raised_at_its_times(board: str) -> None:
     """From when it is let go; what the handler has to do is there before it runs."""
     seen: list[tuple[int, int]] = []
 
     async def main() -> LedgerStatement:
-        machine = Arm64Gicv3(1)
+        machine = BOARDS[board](1)
         source = machine.add_device(RecordedSource("r", 2, [(0, 0, 7), (100, 1, 8), (100, 0, 9)]))
 
         async def guest(cpu: Any, driver: Any) -> None:

@@ -89,6 +89,8 @@ class VmServices(Protocol):
     """The ITS devices in creation order (ARM); each adds itself, and may come before the GIC does."""
     devices: list[Any]
     """The KVM devices in creation order."""
+    enabled: set[int]
+    """The capabilities that KVM_ENABLE_CAP has turned on."""
     options: dict[str, Any]
     """Host options of the Kvm (``host_gic``, ``lpi_id_bits``, ...), with defaults filled in."""
 

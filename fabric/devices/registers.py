@@ -42,6 +42,8 @@ class Access(enum.Enum):
     """Reads zero, ignores writes."""
     RAO_WI = "RAO/WI"
     """Reads all ones, ignores writes."""
+    ABSENT = "-"
+    """Not there for this side: as RAZ/WI, and it cannot be named."""
 
 
 READABLE = frozenset({Access.RW, Access.RO, Access.W1S, Access.W1C})
@@ -75,6 +77,7 @@ class Register:
         length: in bytes.
         access: what the guest can do.
         read, write: how; a constant ``value`` serves instead of ``read``.
+        stored: what a write of a part is merged with, where that is not what is read (fields that read as zero).
         widths: access sizes in bytes that the guest may use, each aligned to itself.
         user: what userspace sees, when that is something else.
         id: the row of the interface inventory.
@@ -86,6 +89,7 @@ class Register:
     access: Access
     read: Read | None = attrs.field(default=None, kw_only=True)
     write: Write | None = attrs.field(default=None, kw_only=True)
+    stored: Read | None = attrs.field(default=None, kw_only=True)
     value: int = attrs.field(default=0, kw_only=True)
     length: int = attrs.field(default=4, kw_only=True)
     widths: tuple[int, ...] = attrs.field(default=(4,), kw_only=True)
@@ -108,8 +112,9 @@ class Register:
         ones = (1 << 8 * size) - 1
         shift = 8 * start
         value = (value & ones) << shift
-        if view.access is Access.RW and size < self.length and view.read is not None:
-            value |= view.read(owner) & ~(ones << shift)
+        stored = self.stored or view.read
+        if view.access is Access.RW and size < self.length and stored is not None:
+            value |= stored(owner) & ~(ones << shift)
         view.write(owner, value)
 
     def reaches(self, _block: RegisterBlock, _owner: Any, _start: int) -> bool:
@@ -271,7 +276,7 @@ class RegisterBlock:
     def has(self, owner: Any, offset: int, size: int = 4) -> bool:
         """Whether userspace can name that register."""
         index = self._locate(offset)
-        if index < 0 or offset % size:
+        if index < 0 or offset % size or self._user[index].access is Access.ABSENT:
             return False
         return self.rows[index].reaches(self, owner, offset - self._starts[index])
 

@@ -14,11 +14,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from fabric.devices.arm.vgic_its import Its
+from fabric.devices.arm.vgic_v2 import VgicV2
 from fabric.devices.arm.vgic_v3 import VgicV3
 from fabric.devices.attributes import AttrTable
 from fabric.devices.base import VmServices
 from fabric.devices.vfio import Vfio
-from fabric.uapi.kvm import KVM_DEV_TYPE_ARM_VGIC_ITS, KVM_DEV_TYPE_ARM_VGIC_V3, KVM_DEV_TYPE_VFIO
+from fabric.uapi.kvm import (
+    KVM_DEV_TYPE_ARM_VGIC_ITS,
+    KVM_DEV_TYPE_ARM_VGIC_V2,
+    KVM_DEV_TYPE_ARM_VGIC_V3,
+    KVM_DEV_TYPE_VFIO,
+)
 
 
 class Device(Protocol):
@@ -44,6 +50,7 @@ class Device(Protocol):
 DEVICE_TYPES: Mapping[str, Mapping[int, type[Device]]] = {
     "aarch64": {
         KVM_DEV_TYPE_VFIO: Vfio,
+        KVM_DEV_TYPE_ARM_VGIC_V2: VgicV2,
         KVM_DEV_TYPE_ARM_VGIC_V3: VgicV3,
         KVM_DEV_TYPE_ARM_VGIC_ITS: Its,
     },

@@ -78,7 +78,10 @@ class InterruptDriver(Protocol):
         ...
 
     async def send_ipi(self, cpu: Any, target: int, kind: int = 0) -> None:
-        """Interrupt CPU number ``target``. IPIs of one kind merge while one is pending; those of two do not."""
+        """Interrupt CPU number ``target``. IPIs of one kind merge while one is pending; those of two do not.
+
+        Whether those of two senders do is the controller's: on a GICv2 they do not.
+        """
         ...
 
     async def set_timer(self, cpu: Any, at_ns: int, handler: Handler) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fabric.guest.driver import IPI_KINDS, MsiMessage, Pages
+from fabric.guest.driver import MsiMessage, Pages
+from fabric.guest.gic import ALL_SGIS, DEFAULT_PRIORITY, PMR_ALL, SPURIOUS_FIRST, SPURIOUS_LAST, GicDriver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fabric.guest.driver import Handler, Vector
+    from fabric.guest.driver import Vector
 
 GICD_CTLR = 0x0000
 GICD_CTLR_ENABLE_GRP1 = 1 << 1
@@ -55,12 +56,8 @@ CMD_MAPD, CMD_MAPC, CMD_MAPTI, CMD_INV, CMD_SYNC = 0x8, 0x9, 0xA, 0xC, 0x5
 CMD_SIZE = 32
 
 FIRST_LPI = 8192
-SPURIOUS_FIRST, SPURIOUS_LAST = 1020, 1023
-DEFAULT_PRIORITY = 0xA0
 LPI_ENABLE = 1 << 0
 """In the configuration byte of an LPI."""
-PMR_ALL = 0xF0
-PPI_VTIMER = 27
 
 RWAWB_INNER_SHAREABLE = 0x780
 """Cacheability and shareability of GICR_PROPBASER and GICR_PENDBASER: normal memory."""
@@ -78,17 +75,14 @@ class Gicv3Layout:
     tables_size: int
 
 
-class Gicv3Driver:
+class Gicv3Driver(GicDriver):
     """The GICv3 and ITS driver of one guest; see :class:`fabric.guest.driver.InterruptDriver`."""
 
     def __init__(self, layout: Gicv3Layout, cpus: int, *, lpis: int = 65536 - FIRST_LPI) -> None:
+        super().__init__(cpus)
         self.layout = layout
-        self.cpus = cpus
         self.lpi_id_bits = max(14, (FIRST_LPI + lpis - 1).bit_length())
         self._pages = Pages(layout.tables, layout.tables_size)
-        self._actions: list[dict[int, Handler]] = [{} for _ in range(cpus)]
-        """For each CPU: INTID to handler."""
-        self._labels: dict[int, str] = {0: "IPI", PPI_VTIMER: "timer"}
         self._mpidr = [0] * cpus
         self._next_lpi = FIRST_LPI
         self._configuration = 0
@@ -100,14 +94,11 @@ class Gicv3Driver:
         self._frames: dict[int, int] = {}
         """Redistributor frames by affinity."""
         self._redistributor = [0] * cpus
-        self._frequency = 0
-        self._timer_handlers: list[Handler | None] = [None] * cpus
 
     # Bringing it up.
 
     async def start(self, cpu: Any) -> None:
         """The distributor, the LPI configuration table and the ITS with its tables and command queue."""
-        self._frequency = await cpu.mrs("CNTFRQ_EL0")
         base = self.layout.distributor
         await cpu.store(base + GICD_CTLR, 4, GICD_CTLR_ARE | GICD_CTLR_ENABLE_GRP1)
         if self.layout.its is None:
@@ -145,7 +136,7 @@ class Gicv3Driver:
         await cpu.store(frame + GICR_IGROUPR0, 4, 0xFFFF_FFFF)
         for intid in range(0, 32, 4):
             await cpu.store(frame + GICR_IPRIORITYR + intid, 4, DEFAULT_PRIORITY * 0x0101_0101)
-        await cpu.store(frame + GICR_ISENABLER0, 4, 0xFFFF)
+        await self.enable_private(cpu, ALL_SGIS)
         if self.layout.its is not None:
             await self._start_lpis(cpu, frame, self.layout.its)
         await cpu.msr("ICC_SRE_EL1", 7)
@@ -229,14 +220,6 @@ class Gicv3Driver:
         await self._run_commands(cpu, its, commands)
         return messages
 
-    def on_ipi(self, handler: Handler, kind: int = 0, label: str = "IPI") -> None:
-        """SGI number ``kind`` runs ``handler``."""
-        if not 0 <= kind < IPI_KINDS:
-            raise ValueError(f"the kind of an IPI must be 0 to {IPI_KINDS - 1}, not {kind!r}")
-        for actions in self._actions:
-            actions[kind] = handler
-        self._labels[kind] = label
-
     async def send_ipi(self, cpu: Any, target: int, kind: int = 0) -> None:
         """SGI number ``kind`` to one CPU, through ICC_SGI1R_EL1."""
         mpidr = self._mpidr[target]
@@ -244,26 +227,9 @@ class Gicv3Driver:
         value = aff3 << 48 | kind << 24 | aff2 << 32 | aff1 << 16 | 1 << (aff0 & 0xF)
         await cpu.msr("ICC_SGI1R_EL1", value)
 
-    async def set_timer(self, cpu: Any, at_ns: int, handler: Handler) -> None:
-        """The virtual timer fires at the first counter tick at or after ``at_ns``."""
-        number = cpu.number
-        actions = self._actions[number]
-        if PPI_VTIMER not in actions:
-            await cpu.store(self._redistributor[number] + GICR_ISENABLER0, 4, 1 << PPI_VTIMER)
-
-            async def fired(cpu: Any) -> None:
-                # The line is level-triggered: quiet it before the interrupt ends.
-                await cpu.msr("CNTV_CTL_EL0", 0)
-                handler = self._timer_handlers[cpu.number]
-                if handler is not None:
-                    await handler(cpu)
-
-            actions[PPI_VTIMER] = fired
-        self._timer_handlers[number] = handler
-        ahead = max(0, at_ns - cpu.now)
-        ticks = -(-ahead * self._frequency // 1_000_000_000)
-        await cpu.msr("CNTV_CVAL_EL0", await cpu.mrs("CNTVCT_EL0") + ticks)
-        await cpu.msr("CNTV_CTL_EL0", 1)
+    async def enable_private(self, cpu: Any, intids: int) -> None:
+        """GICR_ISENABLER0 of this CPU's redistributor."""
+        await cpu.store(self._redistributor[cpu.number] + GICR_ISENABLER0, 4, intids)
 
     async def handle(self, cpu: Any) -> None:
         """Acknowledge, run the handler, end."""
@@ -274,7 +240,3 @@ class Gicv3Driver:
         elif SPURIOUS_FIRST <= intid <= SPURIOUS_LAST:
             return
         cpu.eoir1(intid)
-
-    def label(self, number: int) -> str:
-        """What INTID ``number`` is."""
-        return self._labels.get(number, f"INTID {number}")

@@ -57,6 +57,7 @@ class Architecture(ABC):
     unknown_request: ClassVar[int] = errno.ENOTTY
     """The errno of a VM fd for a request that it does not know."""
     vcpu_unknown_request: ClassVar[int] = errno.EINVAL
+    """The errno of a vCPU fd for a request that it does not know."""
     mmap_size: ClassVar[int]
     """KVM_GET_VCPU_MMAP_SIZE: struct kvm_run and what else is shared, in whole pages."""
     max_vcpu_ids: ClassVar[int]
@@ -121,6 +122,7 @@ class Architecture(ABC):
     def set_irq(self, vm: Vm, route: Route, level: bool, resample: bool = False) -> int:
         """Drive the far end of a route; negative: ignored, 0: merged, above: vCPUs reached. KvmError.
 
+        The outcome is what KVM_IRQ_LINE_STATUS reports where it goes by routes (api.irq-line-status.rule.status).
         ``resample``: the line of the resample irqfds, which is another one where lines have several drivers.
         """
 
@@ -148,17 +150,25 @@ class Architecture(ABC):
         """The end of the VM's line channel."""
 
 
+GENERIC_OPTIONS: dict[str, Any] = {
+    "io_bus_devices": 1000,
+}
+"""Options of every host: how many in-kernel devices fit on a VM's MMIO or port bus (Linux: NR_IOBUS_DEVS)."""
+
+
 def fill_options(arch: type[Architecture], given: dict[str, Any]) -> dict[str, Any]:
     """The host options with defaults. TypeError for one that the architecture does not have."""
+    defaults = {**GENERIC_OPTIONS, **arch.defaults}
     for name in given:
-        if name not in arch.defaults:
-            known = ", ".join(sorted(arch.defaults))
+        if name not in defaults:
+            known = ", ".join(sorted(defaults))
             raise TypeError(f"a host option of {arch.name} must be one of {known}, not {name!r}")
-    return {**arch.defaults, **given}
+    return {**defaults, **given}
 
 
 def describe(kvm: Kvm) -> str:
     """One line for messages: architecture and the options that are not defaults."""
     arch = kvm.arch
-    given = [f"{k}={v!r}" for k, v in arch.options.items() if v != arch.defaults[k]]
+    defaults = {**GENERIC_OPTIONS, **arch.defaults}
+    given = [f"{k}={v!r}" for k, v in arch.options.items() if v != defaults[k]]
     return ", ".join([repr(arch.name), *given])

@@ -38,7 +38,6 @@ IRQCHIP_PINS = arm.VGIC_MAX_SPI + 1 - arm.VGIC_NR_PRIVATE_IRQS
 
 CAPABILITIES: dict[int, int] = {
     **GENERIC_CAPABILITIES,
-    uapi.KVM_CAP_IRQCHIP: 1,
     uapi.KVM_CAP_MP_STATE: 1,
     uapi.KVM_CAP_SYNC_MMU: 1,
     uapi.KVM_CAP_SET_GUEST_DEBUG: 1,
@@ -61,8 +60,11 @@ CAPABILITIES: dict[int, int] = {
     uapi.KVM_CAP_SET_GUEST_DEBUG2: 0x3_0003,
     uapi.KVM_CAP_PTP_KVM: 1,
     uapi.KVM_CAP_ARM_SYSTEM_SUSPEND: 1,
+    uapi.KVM_CAP_IRQ_INJECT_STATUS: 0,  # KVM_IRQ_LINE_STATUS is there, and has nothing to report
+    uapi.KVM_CAP_ENABLE_CAP: 0,  # a vCPU has nothing to enable
+    uapi.KVM_CAP_IOEVENTFD_NO_LENGTH: 0,  # by this name of KVM_CAP_IOEVENTFD_ANY_LENGTH only x86 and s390 have it
 }
-"""What does not depend on the host or the VM. (KVM_CAP_IRQ_INJECT_STATUS is 0 although the call works.)"""
+"""What does not depend on the host or the VM."""
 
 
 class ArmVmPart:
@@ -95,6 +97,7 @@ class Arm64(Architecture):
     name = "aarch64"
     defaults = {  # noqa: RUF012  # declared ClassVar in the base
         "host_gic": 3,
+        "gicv2_compat": False,
         "ipa_bits": 48,
         "host_cpus": 2,
         "lpi_id_bits": 16,
@@ -117,17 +120,20 @@ class Arm64(Architecture):
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
-        if options["host_gic"] not in (2, 3):
-            raise ValueError(f"host_gic must be 2 or 3, not {options['host_gic']!r}")
+        if options["host_gic"] not in (0, 2, 3):
+            raise ValueError(f"host_gic must be 0 (none for guests), 2 or 3, not {options['host_gic']!r}")
         if not MIN_IPA_BITS <= options["ipa_bits"] <= 52:
             raise ValueError(f"ipa_bits must be 32 to 52, not {options['ipa_bits']!r}")
         if not 16 <= options["lpi_id_bits"] <= 24:
             raise ValueError(f"lpi_id_bits must be 16 to 24, not {options['lpi_id_bits']!r}")
-        self.host_max_vcpus = arm.VGIC_V3_MAX_CPUS if options["host_gic"] == 3 else arm.VGIC_V2_MAX_CPUS
+        self.host_max_vcpus = arm.VGIC_V2_MAX_CPUS if options["host_gic"] == 2 else arm.VGIC_V3_MAX_CPUS
         self._capabilities: dict[int, int] = {
             **CAPABILITIES,
+            uapi.KVM_CAP_IRQCHIP: int(bool(options["host_gic"])),
             uapi.KVM_CAP_NR_MEMSLOTS: 32767,
             uapi.KVM_CAP_NR_VCPUS: min(options["host_cpus"], self.host_max_vcpus),
+            uapi.KVM_CAP_MAX_VCPUS: self.host_max_vcpus,
+            uapi.KVM_CAP_MAX_VCPU_ID: self.host_max_vcpus,
             uapi.KVM_CAP_ARM_VM_IPA_SIZE: options["ipa_bits"],
             uapi.KVM_CAP_ARM_PMU_V3: int(bool(options["pmu_ids"])),
             uapi.KVM_CAP_ARM_EL1_32BIT: int(options["el1_32bit"]),
@@ -141,8 +147,8 @@ class Arm64(Architecture):
     # -- machines
 
     def capability(self, cap: int, vm: Vm | None) -> int:
-        if cap in (uapi.KVM_CAP_MAX_VCPUS, uapi.KVM_CAP_MAX_VCPU_ID):
-            return self.host_max_vcpus if vm is None else self.vm_max_vcpus(vm)
+        if cap in (uapi.KVM_CAP_MAX_VCPUS, uapi.KVM_CAP_MAX_VCPU_ID) and vm is not None:
+            return self.vm_max_vcpus(vm)
         if cap == uapi.KVM_CAP_MSI_DEVID:
             if vm is None:
                 raise KvmError(errno.EINVAL, "KVM_CAP_MSI_DEVID is a capability of VMs")
@@ -184,6 +190,7 @@ class Arm64(Architecture):
         return vcpu, ArmVcpuPart(vm, vcpu)
 
     def vcpu_created(self, file: VcpuFile) -> None:
+        file.vm.part.vcpus.append(file.part)
         if file.vm.irqchip is not None:
             file.vm.irqchip.vcpu_created(file.vcpu)
 
@@ -310,6 +317,11 @@ def irq_line(file: VmFile, irq: int, level: int) -> None:
         raise KvmError(errno.EINVAL, f"there is no vCPU {vcpu}")
     if number > arm.KVM_ARM_IRQ_CPU_FIQ:
         raise KvmError(errno.EINVAL, f"a CPU has inputs 0 (IRQ) and 1 (FIQ), not {number}")
+    lines = vm.vcpus[vcpu].lines  # type: ignore[attr-defined]
+    if number == arm.KVM_ARM_IRQ_CPU_IRQ:
+        lines.drive_irq(bool(level))
+    else:
+        lines.fiq = bool(level)
 
 
 def irq_line_status(file: VmFile, ptr: Pointer) -> None:
@@ -326,9 +338,15 @@ def signal_msi_call(
     return send_msi(file.vm, address_hi << 32 | address_lo, data, flags, devid)
 
 
+def _check_vgic(vm: Vm) -> None:
+    if not vm.options["host_gic"]:
+        raise KvmError(errno.ENXIO, "the host has no GIC that guests can use")
+
+
 def create_irqchip(file: VmFile, _arg: int) -> None:
     """KVM_CREATE_IRQCHIP: a GICv2, where the host can do it."""
     vm = file.vm
+    _check_vgic(vm)
     cls = vm.arch.device_class(uapi.KVM_DEV_TYPE_ARM_VGIC_V2)
     vm.devices.append(cls.create(vm))
 
@@ -338,6 +356,7 @@ def set_device_addr(file: VmFile, device_addr: arm.KvmArmDeviceAddr) -> None:
     device = (device_addr.id & arm.KVM_ARM_DEVICE_ID_MASK) >> arm.KVM_ARM_DEVICE_ID_SHIFT
     if device != arm.KVM_ARM_DEVICE_VGIC_V2:
         raise KvmError(errno.ENODEV, f"there is no device {device}")
+    _check_vgic(file.vm)
     place = getattr(file.vm.irqchip, "place_legacy", None)
     if place is None:
         raise KvmError(errno.ENODEV, "the VM has no GICv2")
@@ -346,17 +365,18 @@ def set_device_addr(file: VmFile, device_addr: arm.KvmArmDeviceAddr) -> None:
 
 def enable_cap(file: VmFile, cap: uapi.KvmEnableCap) -> None:
     """KVM_ENABLE_CAP."""
-    accepted = (uapi.KVM_CAP_ARM_NISV_TO_USER, uapi.KVM_CAP_ARM_SYSTEM_SUSPEND)
-    if cap.cap not in accepted or cap.flags:
+    if cap.cap in (uapi.KVM_CAP_ARM_NISV_TO_USER, uapi.KVM_CAP_ARM_SYSTEM_SUSPEND) and not cap.flags:
+        file.vm.enabled.add(cap.cap)
+    else:
         vm_fd.enable_cap(file, cap)
 
 
 Arm64.vm_table = (
     Ioctl(requests.KVM_ARM_PREFERRED_TARGET, POINTER, preferred_target),
-    Ioctl(requests.KVM_IRQ_LINE, Members(uapi.KvmIrqLevel), irq_line),
-    Ioctl(requests.KVM_IRQ_LINE_STATUS, POINTER, irq_line_status),
-    Ioctl(requests.KVM_SIGNAL_MSI, Members(uapi.KvmMsi), signal_msi_call),
-    Ioctl(requests.KVM_CREATE_IRQCHIP, VALUE, create_irqchip),
-    Ioctl(requests.KVM_ARM_SET_DEVICE_ADDR, arm.KvmArmDeviceAddr, set_device_addr),
-    Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap),
+    Ioctl(requests.KVM_IRQ_LINE, Members(uapi.KvmIrqLevel), irq_line, "api.irq-line"),
+    Ioctl(requests.KVM_IRQ_LINE_STATUS, POINTER, irq_line_status, "api.irq-line-status"),
+    Ioctl(requests.KVM_SIGNAL_MSI, Members(uapi.KvmMsi), signal_msi_call, "api.signal-msi"),
+    Ioctl(requests.KVM_CREATE_IRQCHIP, VALUE, create_irqchip, "api.create-irqchip"),
+    Ioctl(requests.KVM_ARM_SET_DEVICE_ADDR, arm.KvmArmDeviceAddr, set_device_addr, "api.arm-set-device-addr"),
+    Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap, "api.enable-cap"),
 )

@@ -20,6 +20,8 @@ from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.uapi.usermem import UserPointer
+from fabric.vcpu.arm64 import DataAbort
+from fabric.vcpu.exits import MmioExit, NisvExit
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_irq import WiredIrq
@@ -46,7 +48,6 @@ class ArmVcpuPart:
         "pmu_created",
         "pmu_irq",
         "steal_base",
-        "suspended",
         "sve_finalized",
         "sysregs",
         "timers_enabled",
@@ -59,14 +60,12 @@ class ArmVcpuPart:
     def __init__(self, vm: Vm, vcpu: Arm64Vcpu) -> None:
         self.vm = vm
         self.vcpu = vcpu
-        self.shared.vcpus.append(self)
         self.features = 0
         """Bits of KVM_ARM_VCPU_*."""
         self.pmu_irq: int | None = None
         self.pmu_created = False
         self.steal_base = INVALID_IPA
         self.sve_finalized = False
-        self.suspended = False
         self.timers_enabled = False
         self.core = bytearray(CORE_REGS_SIZE)
         """struct kvm_regs. Kept for its owner; guest programs have no registers."""
@@ -131,7 +130,7 @@ class ArmVcpuPart:
         vcpu.timers.reset()
         vcpu.features = frozenset(n for n in range(arm.KVM_VCPU_MAX_FEATURES) if self.has(n))
         vcpu.initialized = True
-        self.suspended = False
+        vcpu.suspended = False
         vcpu.restart()
         if self.has(arm.KVM_ARM_VCPU_POWER_OFF):
             vcpu.power_off()
@@ -172,7 +171,10 @@ class ArmVcpuPart:
             return
         timers = self.vcpu.timers
         vgic = self.vm.irqchip
-        if vgic is not None:
+        if vgic is None:
+            timers.virtual.sink = partial(self.vcpu.lines.device, arm.KVM_ARM_DEV_EL1_VTIMER)
+            timers.physical.sink = partial(self.vcpu.lines.device, arm.KVM_ARM_DEV_EL1_PTIMER)
+        else:
             try:
                 lines = [(timer, self.claim(timer.intid, timer)) for timer in (timers.virtual, timers.physical)]
             except KvmError as error:
@@ -183,6 +185,7 @@ class ArmVcpuPart:
                     raise KvmError(errno.EINVAL, "the timer interrupts must be the same on all vCPUs")
             for timer, irq in lines:
                 timer.sink = partial(vgic.line_level, irq)
+                timer.level = irq.line  # as userspace restored it; the timer moves it from there when it is loaded
         self.timers_enabled = True
 
     def check_pmu(self) -> None:
@@ -221,6 +224,11 @@ class ArmVcpuPart:
         return irq
 
     # -- KVM_GET/SET_ONE_REG
+
+    def reg_ids(self) -> list[int]:
+        """The registers that KVM_GET_ONE_REG reads: all that has to move with the vCPU."""
+        core = [arm.arm64_core_reg(at, size) for start, end, size in _CORE_PARTS for at in range(start, end, size)]
+        return [*core, *ArchTimers.ONE_REG_IDS, *sorted(self.sysregs)]
 
     def get_reg(self, reg: int, ptr: Pointer) -> None:
         """Store the register's value at ``ptr``. KvmError(ENOEXEC, EINVAL, ENOENT, EFAULT)."""
@@ -274,19 +282,21 @@ class ArmVcpuPart:
         """KVM_MP_STATE_*."""
         if self.vcpu.powered_off:
             return uapi.KVM_MP_STATE_STOPPED
-        return uapi.KVM_MP_STATE_SUSPENDED if self.suspended else uapi.KVM_MP_STATE_RUNNABLE
+        return uapi.KVM_MP_STATE_SUSPENDED if self.vcpu.suspended else uapi.KVM_MP_STATE_RUNNABLE
 
     @mp_state.setter
     def mp_state(self, state: int) -> None:
         if state not in (uapi.KVM_MP_STATE_RUNNABLE, uapi.KVM_MP_STATE_STOPPED, uapi.KVM_MP_STATE_SUSPENDED):
             raise KvmError(errno.EINVAL, f"an arm64 vCPU has no state {state}")
-        self.suspended = state == uapi.KVM_MP_STATE_SUSPENDED
+        self.vcpu.suspended = state == uapi.KVM_MP_STATE_SUSPENDED
         if state == uapi.KVM_MP_STATE_STOPPED:
             self.vcpu.power_off()
         else:
             self.vcpu.power_on()
 
 
+_ESR_ISV = 1 << 24
+"""The syndrome of an SError whose syndrome is not given: implementation defined."""
 _PSTATE = 264
 _PSTATE_RESET = (0x3C5, 0x1D3)
 """EL1h or, in AArch32, SVC; all exceptions masked."""
@@ -339,6 +349,20 @@ def _set_one_reg(file: VcpuFile, ptr: Pointer) -> None:
     file.part.set_reg(reg.id, UserPointer(file.kvm.user_memory, reg.addr))
 
 
+def _get_reg_list(file: VcpuFile, ptr: Pointer) -> None:
+    """KVM_GET_REG_LIST. KvmError(E2BIG) with the number there is when there is no room for all."""
+    part: ArmVcpuPart = file.part
+    part.check_initialized()
+    room = uapi.KvmRegList.unpack(ptr.read(uapi.KvmRegList.SIZE)).n
+    part.check_finalized()
+    ids = part.reg_ids()
+    ptr.put_u64(len(ids))
+    if room < len(ids):
+        raise KvmError(errno.E2BIG, f"there are {len(ids)} registers, more than {room}")
+    for n, reg in enumerate(ids, start=1):
+        ptr.put_u64(reg, 8 * n)
+
+
 def _get_mp_state(file: VcpuFile, ptr: Pointer) -> None:
     ptr.put_u32(file.part.mp_state)
 
@@ -351,26 +375,34 @@ def _get_vcpu_events(file: VcpuFile, ptr: Pointer) -> None:
     """The SError that is pending; ``serror_has_esr`` says that this host can give it a syndrome."""
     events: arm.KvmVcpuEvents = file.part.events
     has_esr = int(file.vm.options["ras"])
-    ptr.write(arm.KvmVcpuEvents(events.serror_pending, has_esr, serror_esr=events.serror_esr).pack())
+    syndrome = events.serror_esr if has_esr else 0
+    ptr.write(arm.KvmVcpuEvents(events.serror_pending, has_esr, serror_esr=syndrome).pack())
 
 
 def _set_vcpu_events(file: VcpuFile, events: arm.KvmVcpuEvents) -> None:
+    if any(events.reserved) or any(events.pad):
+        raise KvmError(errno.EINVAL, "what is reserved in struct kvm_vcpu_events must be 0")
     if events.serror_pending and events.serror_has_esr:
         if not file.vm.options["ras"]:
             raise KvmError(errno.EINVAL, "this host cannot give an SError a syndrome")
         if events.serror_esr >> 25:
             raise KvmError(errno.EINVAL, f"a syndrome has 25 bits, not {events.serror_esr:#x}")
     if events.serror_pending:
-        esr = events.serror_esr if events.serror_has_esr else 0
+        esr = events.serror_esr if events.serror_has_esr else _ESR_ISV
         file.part.events = arm.KvmVcpuEvents(serror_pending=1, serror_esr=esr)
+    exited = file.vcpu.exited
+    if events.ext_dabt_pending and isinstance(exited, MmioExit | NisvExit):
+        # After any other exit it is, in the words of the text, a programming error; then nothing is aborted.
+        file.vcpu.abort = DataAbort(exited.gpa)
 
 
 VCPU_TABLE = (
     *attribute_table(lambda file: file.part),
-    Ioctl(requests.KVM_ARM_VCPU_INIT, arm.KvmVcpuInit, _vcpu_init),
+    Ioctl(requests.KVM_ARM_VCPU_INIT, arm.KvmVcpuInit, _vcpu_init, "api.arm-vcpu-init"),
     Ioctl(requests.KVM_ARM_VCPU_FINALIZE, POINTER, _vcpu_finalize),
-    Ioctl(requests.KVM_GET_ONE_REG, POINTER, _get_one_reg),
-    Ioctl(requests.KVM_SET_ONE_REG, POINTER, _set_one_reg),
+    Ioctl(requests.KVM_GET_REG_LIST, POINTER, _get_reg_list),
+    Ioctl(requests.KVM_GET_ONE_REG, POINTER, _get_one_reg, "api.get-one-reg"),
+    Ioctl(requests.KVM_SET_ONE_REG, POINTER, _set_one_reg, "api.set-one-reg"),
     Ioctl(requests.KVM_GET_MP_STATE, POINTER, _get_mp_state),
     Ioctl(requests.KVM_SET_MP_STATE, Members(uapi.KvmMpState), _set_mp_state),
     Ioctl(requests.KVM_GET_VCPU_EVENTS, POINTER, _get_vcpu_events),

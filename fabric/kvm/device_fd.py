@@ -29,9 +29,9 @@ def attribute_table(owner: Callable[[Any], Any]) -> tuple[Ioctl, ...]:
         return handler
 
     return (
-        Ioctl(requests.KVM_SET_DEVICE_ATTR, Members(KvmDeviceAttr), access("set")),
-        Ioctl(requests.KVM_GET_DEVICE_ATTR, Members(KvmDeviceAttr), access("get")),
-        Ioctl(requests.KVM_HAS_DEVICE_ATTR, Members(KvmDeviceAttr), access("has")),
+        Ioctl(requests.KVM_SET_DEVICE_ATTR, Members(KvmDeviceAttr), access("set"), "api.set-device-attr"),
+        Ioctl(requests.KVM_GET_DEVICE_ATTR, Members(KvmDeviceAttr), access("get"), "api.get-device-attr"),
+        Ioctl(requests.KVM_HAS_DEVICE_ATTR, Members(KvmDeviceAttr), access("has"), "api.has-device-attr"),
     )
 
 

@@ -59,11 +59,15 @@ class Members:
 
 @attrs.frozen
 class Ioctl:
-    """A request: its number, what its argument is, and the handler ``(file, ...)``, whose None means 0."""
+    """A request: its number, what its argument is, and the handler ``(file, ...)``, whose None means 0.
+
+    ``id`` is the row of the interface inventory that says what is promised, where there is one.
+    """
 
     request: int
     arg: _Kind | Members | type[CStruct]
     handler: Callable[..., int | None]
+    id: str = ""
 
 
 def handlers(*tables: Sequence[Ioctl], guard: Callable[[Any], None] | None = None) -> Handlers:

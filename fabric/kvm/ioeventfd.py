@@ -23,6 +23,7 @@ from fabric.errors import KvmError
 if TYPE_CHECKING:
     from fabric.channel import Channel
     from fabric.kvm.eventfd import Event
+    from fabric.memory import AddressSpace
 
 
 @attrs.define(eq=False)
@@ -59,11 +60,18 @@ class Ioeventfd:
 
 
 class Doorbells:
-    """The ioeventfds of one address space of a VM."""
+    """The ioeventfds of one address space of a VM.
 
-    __slots__ = ("_by_addr", "_by_number", "_next", "channel")
+    Args:
+        channel: what a write goes through.
+        space: where the in-kernel devices of the address space are. Doorbells take no room on it, but when those
+            have filled it nothing can be added any more.
+    """
 
-    def __init__(self, channel: Channel[Doorbell]) -> None:
+    __slots__ = ("_by_addr", "_by_number", "_next", "_space", "channel")
+
+    def __init__(self, channel: Channel[Doorbell], space: AddressSpace | None = None) -> None:
+        self._space = space
         self._by_addr: dict[int, list[Ioeventfd]] = {}
         self._by_number: dict[int, Ioeventfd] = {}
         self._next = 0
@@ -74,11 +82,17 @@ class Doorbells:
         return len(self._by_number)
 
     def assign(self, event: Event, addr: int, length: int, datamatch: int | None) -> None:
-        """Register. KvmError(EEXIST) when a write could match this one and another."""
+        """Register.
+
+        Raises:
+            KvmError: EEXIST when a write could match this one and another, ENOSPC when the bus is full.
+        """
         here = self._by_addr.get(addr, [])
         new = Ioeventfd(event, addr, length, datamatch, self._next)
         if any(new.overlaps(other) for other in here):
             raise KvmError(errno.EEXIST, f"an ioeventfd at {addr:#x} matches the same writes")
+        if self._space is not None:
+            self._space.check_room()
         event.watch(new.gone)
         self._by_addr.setdefault(addr, here).append(new)
         self._by_number[new.number] = new

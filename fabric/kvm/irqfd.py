@@ -121,6 +121,9 @@ class Irqfds:
     def assign(self, event: Event, gsi: int, resample: Event | None) -> None:
         """Tie ``event`` to ``gsi``. KvmError(EBUSY) when it is tied to one of this VM."""
         if any(irqfd.event is event for irqfd in self._irqfds):
+            if resample is not None and gsi not in self._resamplers:
+                # The kernel has set up a resampler by then, and takes it apart as any last one of its GSI.
+                self.vm.set_irq(gsi, False)
             raise KvmError(errno.EBUSY, "the eventfd has an irqfd in this VM already")
         was_signalled = event.readable
         irqfd = Irqfd(self, event, gsi, resample)

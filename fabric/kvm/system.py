@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fabric.kvm.eventfd import Event
     from fabric.kvm.real import RealKvm
     from fabric.uapi.usermem import UserMemory
+    from fabric.vcpu import Guest
 
 ARCHITECTURES: dict[str, type[Architecture] | None] = {
     "aarch64": Arm64,
@@ -121,7 +122,10 @@ class Kvm:
             handler = file.handlers.get(request & 0xFFFF_FFFF)  # a negative int is the same request
             if handler is None:
                 raise KvmError(file.unknown_request, f"a {file.kind} fd does not know {request_name(request)}")
-        return handler(file, arg)
+        try:
+            return handler(file, arg)
+        except MemoryError as error:
+            raise KvmError(errno.ENOMEM, f"{request_name(request)} needs memory that is not there") from error
 
     def mmap(self, fd: int, length: int, offset: int = 0) -> memoryview:
         """A writable view of the memory behind a vCPU fd, laid out as struct kvm_run.
@@ -145,9 +149,28 @@ class Kvm:
         self._eventfds.pop(fd, None)
         event.close()
 
-    def load(self, fd: int, program: Callable[[Any], Awaitable[object]]) -> None:
-        """Give a vCPU its guest, ``async def program(cpu)``, before its first run."""
-        self._vcpu_file(fd).vcpu.load(program)
+    def load(self, fd: int, program: Callable[[Any], Awaitable[object]] | Guest) -> None:
+        """Give a vCPU its guest before its first run: ``async def program(cpu)``, or what :meth:`unload` returned."""
+        file = self._vcpu_file(fd)
+        file.vcpu.load(program)
+        file.vm.ledger.take_back()
+
+    def unload(self, fd: int) -> Guest | None:
+        """Take a vCPU's guest out, where it stands, to be loaded into another vCPU; None when it has none.
+
+        With the last guest the interrupts that are pending in the VM leave its ledger: they are of the machine that
+        the guests go on in.
+
+        Raises:
+            KvmError: EBUSY inside KVM_RUN, in an exit that was not completed (KVM_RUN with ``immediate_exit`` does),
+                and while the guest waits for something that is not its CPU's.
+            RuntimeError: the guest failed.
+        """
+        file = self._vcpu_file(fd)
+        guest: Guest | None = file.vcpu.unload()
+        if guest is not None and not any(vcpu.has_guest for vcpu in file.vm.vcpus):
+            file.vm.ledger.hand_over()
+        return guest
 
     async def run(self, fd: int) -> int:
         """KVM_RUN: run the vCPU until it exits; returns 0, with the exit in the run area.

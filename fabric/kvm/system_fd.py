@@ -51,8 +51,8 @@ def no_argument(arg: int) -> None:
 
 
 TABLE = (
-    Ioctl(requests.KVM_GET_API_VERSION, VALUE, get_api_version),
-    Ioctl(requests.KVM_GET_VCPU_MMAP_SIZE, VALUE, get_vcpu_mmap_size),
-    Ioctl(requests.KVM_CHECK_EXTENSION, VALUE, check_extension),
-    Ioctl(requests.KVM_CREATE_VM, VALUE, create_vm),
+    Ioctl(requests.KVM_GET_API_VERSION, VALUE, get_api_version, "api.get-api-version"),
+    Ioctl(requests.KVM_GET_VCPU_MMAP_SIZE, VALUE, get_vcpu_mmap_size, "api.get-vcpu-mmap-size"),
+    Ioctl(requests.KVM_CHECK_EXTENSION, VALUE, check_extension, "api.check-extension"),
+    Ioctl(requests.KVM_CREATE_VM, VALUE, create_vm, "api.create-vm"),
 )

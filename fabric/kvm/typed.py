@@ -23,6 +23,7 @@ from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.uapi.codec import CStruct
 from fabric.uapi.usermem import SparseMemory
+from fabric.vcpu import Guest
 
 Value = int | bytes | CStruct
 """What an attribute or a register takes: an int of up to 64 bits, a struct, or the bytes of one."""
@@ -163,9 +164,14 @@ class VcpuFd(WithAttributes):
         view: memoryview = self.host.kvm.mmap(self.fd, self.host.mmap_size)
         return view
 
-    def load(self, program: Callable[[Any], Awaitable[object]]) -> None:
+    def load(self, program: Callable[[Any], Awaitable[object]] | Guest) -> None:
         """Give it its guest."""
         self.host.kvm.load(self.fd, program)
+
+    def unload(self) -> Guest | None:
+        """Take its guest out."""
+        guest: Guest | None = self.host.kvm.unload(self.fd)
+        return guest
 
     async def run(self) -> int:
         """KVM_RUN."""

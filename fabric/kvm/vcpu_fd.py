@@ -40,4 +40,4 @@ def run(file: VcpuFile, arg: int) -> int:
     vcpu.leave_at_once()
 
 
-TABLE = (Ioctl(requests.KVM_RUN, VALUE, run),)
+TABLE = (Ioctl(requests.KVM_RUN, VALUE, run, "api.run"),)

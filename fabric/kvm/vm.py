@@ -57,6 +57,7 @@ class Vm:
         "dead",
         "devices",
         "doorbells",
+        "enabled",
         "engine",
         "events",
         "ipa_bits",
@@ -86,13 +87,15 @@ class Vm:
         self.options = arch.options
         self.ipa_bits = arch.address_bits(machine_type)
         self.memory = GuestMemory(kvm.user_memory, gpa_bits=self.ipa_bits, gpa_errno=arch.gpa_errno)
-        self.mmio = AddressSpace(f"{name}.mmio")
-        self.pio = AddressSpace(f"{name}.pio")
+        room = arch.options["io_bus_devices"]
+        self.mmio = AddressSpace(f"{name}.mmio", room)
+        self.pio = AddressSpace(f"{name}.pio", room)
         self.ledger = Ledger()
         self.events: IrqEvents | None = None
         self.irqchip: Any = None
         self.its_list: list[Any] = []
         self.devices: list[Any] = []
+        self.enabled: set[int] = set()
         self.dead = False
         self._vcpus: list[Vcpu] = []
         self._files: list[VmPart] = []
@@ -159,13 +162,20 @@ class Vm:
         self.routing = table
         self.irqfds.reroute()
 
-    def set_irq(self, gsi: int, level: bool, resample: bool = False) -> None:
-        """Drive everything ``gsi`` is routed to; what cannot be reached is lost without a sign."""
+    def set_irq(self, gsi: int, level: bool, resample: bool = False) -> int:
+        """Drive everything ``gsi`` is routed to; what cannot be reached is lost without a sign.
+
+        Returns the sum of the outcomes that are not negative, -1 when there is none (api.irq-line-status.rule.sum).
+        """
+        total = -1
         for route in self.routing.routes(gsi):
             try:
-                self.arch.set_irq(self, route, level, resample)
+                outcome = self.arch.set_irq(self, route, level, resample)
             except KvmError:
                 continue
+            if outcome >= 0:
+                total = max(total, 0) + outcome
+        return total
 
     def lost(self, reason: str) -> None:
         """Account for an interrupt that reached no controller."""
@@ -177,7 +187,8 @@ class Vm:
         bus = self.buses.get(name)
         if bus is None:
             channel = Channel(f"{self.name}.{name}-doorbell", Doorbell, engine=self.engine)
-            bus = self.buses[name] = Doorbells(channel)
+            space = {MMIO_BUS: self.mmio, PIO_BUS: self.pio}.get(name)
+            bus = self.buses[name] = Doorbells(channel, space)
         return bus
 
     # -- life

@@ -40,8 +40,8 @@ def create_vcpu(file: VmFile, vcpu_id: int) -> int:
     if any(vcpu.vcpu_id == vcpu_id for vcpu in vm.vcpus):
         raise KvmError(errno.EEXIST, f"there is a vCPU with id {vcpu_id}")
     vcpu, part = arch.new_vcpu(vm, vcpu_id, len(vm.vcpus))
-    vm.add_vcpu(vcpu)
     created = VcpuFile(file.kvm, file.kvm.tables["vcpu"], vm, vcpu, part)
+    vm.add_vcpu(vcpu)
     arch.vcpu_created(created)
     return file.kvm.install(created)
 
@@ -147,14 +147,19 @@ def ioeventfd(file: VmFile, datamatch: int, addr: int, length: int, fd: int, fla
 
 
 TABLE = (
-    Ioctl(requests.KVM_CHECK_EXTENSION, VALUE, check_extension),
-    Ioctl(requests.KVM_CREATE_VCPU, VALUE, create_vcpu),
-    Ioctl(requests.KVM_SET_USER_MEMORY_REGION, uapi.KvmUserspaceMemoryRegion, set_user_memory_region),
-    Ioctl(requests.KVM_GET_DIRTY_LOG, Members(uapi.KvmDirtyLog), get_dirty_log),
+    Ioctl(requests.KVM_CHECK_EXTENSION, VALUE, check_extension, "api.check-extension"),
+    Ioctl(requests.KVM_CREATE_VCPU, VALUE, create_vcpu, "api.create-vcpu"),
+    Ioctl(
+        requests.KVM_SET_USER_MEMORY_REGION,
+        uapi.KvmUserspaceMemoryRegion,
+        set_user_memory_region,
+        "api.set-user-memory-region",
+    ),
+    Ioctl(requests.KVM_GET_DIRTY_LOG, Members(uapi.KvmDirtyLog), get_dirty_log, "api.get-dirty-log"),
     Ioctl(requests.KVM_CLEAR_DIRTY_LOG, Members(uapi.KvmClearDirtyLog), clear_dirty_log),
-    Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap),
-    Ioctl(requests.KVM_CREATE_DEVICE, POINTER, create_device),
-    Ioctl(requests.KVM_SET_GSI_ROUTING, POINTER, set_gsi_routing),
-    Ioctl(requests.KVM_IRQFD, Members(uapi.KvmIrqfd), irqfd),
-    Ioctl(requests.KVM_IOEVENTFD, Members(uapi.KvmIoeventfd), ioeventfd),
+    Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap, "api.enable-cap"),
+    Ioctl(requests.KVM_CREATE_DEVICE, POINTER, create_device, "api.create-device"),
+    Ioctl(requests.KVM_SET_GSI_ROUTING, POINTER, set_gsi_routing, "api.set-gsi-routing"),
+    Ioctl(requests.KVM_IRQFD, Members(uapi.KvmIrqfd), irqfd, "api.irqfd"),
+    Ioctl(requests.KVM_IOEVENTFD, Members(uapi.KvmIoeventfd), ioeventfd, "api.ioeventfd"),
 )

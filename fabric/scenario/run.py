@@ -137,6 +137,8 @@ def _check(scenario: Scenario, plan: ReplayPlan | None) -> None:
         hint = did_you_mean(scenario.board, BOARDS)
         raise ConfigError("scenario", [f"board: must be one of {known}, not {scenario.board!r}{hint}"])
     problems = []
+    if scenario.vcpus > board.max_vcpus:
+        problems.append(f"vcpus: must be <= {board.max_vcpus} on the board {board.name}, not {scenario.vcpus}")
     least = board.least_memory(scenario.vcpus)
     if scenario.memory_bytes < least:
         problems.append(f"memory_bytes: must be >= {least} for {scenario.vcpus} vCPUs, not {scenario.memory_bytes}")

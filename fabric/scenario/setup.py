@@ -144,7 +144,7 @@ def _price(scenario: Scenario, machine: Machine, engine: Engine) -> None:
     for vcpu in machine.vcpus:
         vcpu.costs = costs
         vcpu.share(host)
-    machine.vm.msis.latency_ns = scenario.costs.wire_ns
+    machine.wire.latency_ns = scenario.costs.wire_ns
 
 
 def _intervals(name: str, per_s: int, queues: int, arrivals: str, engine: Engine) -> list[Interval]:

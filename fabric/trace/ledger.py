@@ -83,13 +83,16 @@ class Ledger:
     Python has. Whoever throws an interrupt away calls :meth:`drop` with the reason in words.
     """
 
-    __slots__ = ("_in_flight", "_pending", "coalesced", "delivered", "dropped", "raised")
+    __slots__ = ("_final", "_in_flight", "_pending", "coalesced", "delivered", "dropped", "handed_over", "raised")
 
     def __init__(self) -> None:
         self.raised = 0
         self.delivered = 0
         self.coalesced = 0
         self.dropped: dict[str, int] = {}
+        self.handed_over = 0
+        """Interrupts that went on in another VM (:meth:`hand_over`)."""
+        self._final: LedgerStatement | None = None
         self._pending: list[Probe] = []
         self._in_flight: list[Probe] = []
 
@@ -116,6 +119,8 @@ class Ledger:
 
     def statement(self) -> LedgerStatement:
         """The account as of now; asks every probe, so its cost is that of a walk over the pending state."""
+        if self._final is not None:
+            return self._final
         in_flight = sum(probe() for probe in self._in_flight)
         return LedgerStatement(
             self.raised + in_flight,
@@ -125,14 +130,32 @@ class Ledger:
             dict(sorted(self.dropped.items())),
         )
 
+    def hand_over(self) -> None:
+        """The guests leave this VM, and with them what its controllers hold: that is no longer in this account.
+
+        What the VM does from here on is nobody's, so its statement stands still until :meth:`take_back`. What travels
+        in a channel, or is held there, does not come along and stays in it as pending. Checks.
+        """
+        statement = self.check()
+        left_behind = sum(probe() for probe in self._in_flight)
+        self.handed_over = gone = statement.pending - left_behind
+        self._final = attrs.evolve(statement, raised=statement.raised - gone, pending=left_behind)
+
+    def take_back(self) -> None:
+        """The guests are in this VM again. Without a :meth:`hand_over` before: nothing."""
+        self.handed_over = 0
+        self._final = None
+
     def close(self, reason: str) -> LedgerStatement:
         """The end of a VM: what is still pending or under way is dropped, probes are forgotten. Checks."""
         statement = self.check()
-        self.raised = statement.raised
-        self.drop(reason, statement.pending)
+        dropped = dict(statement.dropped)
+        if statement.pending:
+            dropped[reason] = dropped.get(reason, 0) + statement.pending
         self._pending.clear()
         self._in_flight.clear()
-        return self.statement()
+        self._final = attrs.evolve(statement, pending=0, dropped=dict(sorted(dropped.items())))
+        return self._final
 
     def check(self) -> LedgerStatement:
         """The statement, if it balances; LedgerError with the whole account otherwise."""

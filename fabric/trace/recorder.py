@@ -12,6 +12,7 @@ was sent that it delivers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -120,14 +121,19 @@ class _Lane:
 
 
 class _Line:
-    """One interrupt: where it stands now (times, -1: not so), and its lane on each vCPU it went to."""
+    """One interrupt: where it stands now (times, -1: not so), and its lane on each vCPU it went to.
 
-    __slots__ = ("cpu", "intid", "lane", "lanes", "pending", "raised", "taken", "taken_raised")
+    ``later``: when it became pending once more before it was taken, and when that was raised; oldest first. Only an
+    SGI of a GICv2 does, which is pending for each of its senders.
+    """
+
+    __slots__ = ("cpu", "intid", "lane", "lanes", "later", "pending", "raised", "taken", "taken_raised")
 
     def __init__(self, intid: int, cpu: int) -> None:
         self.intid = intid
         self.raised = self.pending = -1
         self.taken = self.taken_raised = -1
+        self.later: deque[tuple[int, int]] | None = None
         self.cpu = cpu
         self.lane = _Lane()
         self.lanes = {cpu: self.lane}
@@ -192,12 +198,19 @@ class Recorder:
         line = self._lines.get(intid if intid >= self._banked else ~(cpu * self._banked + intid))
         if line is None:
             line = self._new_line(cpu, intid)
-        line.pending = now = self._clock.now
-        line.raised = now if self.origin_ns is None else self.origin_ns
+        now = self._clock.now
+        raised = now if self.origin_ns is None else self.origin_ns
+        if line.pending < 0:
+            line.pending = now
+            line.raised = raised
+        else:
+            if line.later is None:
+                line.later = deque()
+            line.later.append((now, raised))
         lane = line.lane if line.cpu == cpu else line.turn_to(cpu)
         lane.pended += 1
         if self._add is not None:
-            self._add(_PENDING, (now, cpu, intid, line.raised))
+            self._add(_PENDING, (now, cpu, intid, raised))
 
     def coalesced(self, cpu: int, intid: int) -> None:
         """The interrupt was raised while pending."""
@@ -216,7 +229,7 @@ class Recorder:
             lane = line.lane if line.cpu == cpu else line.turn_to(cpu)
             lane.to_pending.append(line.pending - line.raised)
             lane.to_ack.append(now - line.pending)
-            line.pending = line.raised = -1
+            line.pending, line.raised = line.later.popleft() if line.later else (-1, -1)
             if len(lane.to_ack) >= _FOLD_AT:
                 lane.fold()
         if self._add is not None:
@@ -241,7 +254,10 @@ class Recorder:
         """The interrupt was thrown away, pending or before it ever was."""
         self._lane(cpu, intid).dropped += 1
         line = self._lines[intid if intid >= self._banked else ~(cpu * self._banked + intid)]
-        line.pending = line.raised = -1
+        if line.later:
+            line.later.pop()
+        else:
+            line.pending = line.raised = -1
         if self._add is not None:
             self._add(_DROPPED, (self._clock.now, cpu, intid, quoted(reason)))
 

@@ -300,6 +300,13 @@ KVM_SYSTEM_EVENT_SUSPEND: Final = 5
 
 
 @cstruct
+class KvmRunUnknown(CStruct):
+    """KVM_EXIT_UNKNOWN: what the hardware said."""
+
+    hardware_exit_reason: u64 = 0
+
+
+@cstruct
 class KvmRunFailEntry(CStruct):
     """KVM_EXIT_FAIL_ENTRY: the vCPU could not be entered."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fabric.vcpu.arm64 import Arm64Cpu, Arm64Vcpu
 from fabric.vcpu.cpu import Cpu
+from fabric.vcpu.guest import Guest
 from fabric.vcpu.host import Costs, Host
 from fabric.vcpu.vcpu import Vcpu
 
-__all__ = ["Arm64Cpu", "Arm64Vcpu", "Costs", "Cpu", "Host", "Vcpu"]
+__all__ = ["Arm64Cpu", "Arm64Vcpu", "Costs", "Cpu", "Guest", "Host", "Vcpu"]

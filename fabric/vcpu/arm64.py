@@ -9,10 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fabric.clock.arch_timer import ArchTimers
-from fabric.devices.arm.vgic_cpuif import ICC_READ, ICC_WRITE
-from fabric.uapi.kvm import KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
+from fabric.devices.arm.vgic_cpuif import ICC_READ, ICC_WRITE, VgicV3Cpu
+from fabric.uapi.kvm import (
+    KVM_CAP_ARM_NISV_TO_USER,
+    KVM_CAP_ARM_SYSTEM_SUSPEND,
+    KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN,
+    KVM_SYSTEM_EVENT_SUSPEND,
+)
 from fabric.vcpu.cpu import Cpu
-from fabric.vcpu.exits import SystemEventExit
+from fabric.vcpu.exits import NisvExit, SystemEventExit
+from fabric.vcpu.user_gic import CpuLines
 from fabric.vcpu.vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -28,6 +35,7 @@ PSCI_CPU_ON = 0xC400_0003
 PSCI_AFFINITY_INFO = 0xC400_0004
 PSCI_SYSTEM_OFF = 0x8400_0008
 PSCI_SYSTEM_RESET = 0x8400_0009
+PSCI_SYSTEM_SUSPEND = 0xC400_000E
 
 PSCI_SUCCESS = 0
 PSCI_NOT_SUPPORTED = -1
@@ -41,9 +49,22 @@ DAIF_I = 1 << 1
 PSTATE_I = 1 << 7
 """The IRQ bit of DAIF as a register."""
 
+ISS_WNR = 1 << 6
+ISS_TRANSLATION_FAULT = 0x05
+"""At level 1 of stage 2: nothing is mapped anywhere near."""
+
 _TRAPPED = frozenset({"ICC_SGI1R_EL1", "ICC_ASGI1R_EL1", "ICC_SGI0R_EL1"})
 """Writes that KVM has to emulate: the hardware's CPU interface cannot reach another vCPU."""
 _EOI = frozenset({"ICC_EOIR0_EL1", "ICC_EOIR1_EL1"})
+_GICV2_READ = {"ISR_EL1": ICC_READ["ISR_EL1"]}
+
+
+class DataAbort(Exception):
+    """Raised in a guest program by the access at ``gpa`` to which the VMM injected an external abort."""
+
+    def __init__(self, gpa: int) -> None:
+        super().__init__(f"external abort at {gpa:#x}")
+        self.gpa = gpa
 
 
 class Arm64Cpu(Cpu):
@@ -58,18 +79,21 @@ class Arm64Cpu(Cpu):
 
     _vcpu: Arm64Vcpu
 
-    def __init__(self, vcpu: Arm64Vcpu) -> None:
-        super().__init__(vcpu)
+    def bind(self, vcpu: Vcpu) -> None:
+        """As the base class; the system registers are those of ``vcpu`` as well."""
+        super().bind(vcpu)
         costs = vcpu.costs
         priced = {**dict.fromkeys(_TRAPPED, costs.exit_ns), **dict.fromkeys(_EOI, costs.eoi_ns)}
         self._write_costs = {name: ns for name, ns in priced.items() if ns}
         self._interface: Any = vcpu.cpu_interface  # there by the first run if it ever is
-        present = self._interface is not None
+        if self._interface is None:
+            self._controller = self._vcpu.lines
+        present = isinstance(self._interface, VgicV3Cpu)  # a GICv2's interface is in memory
         self.iar1: Callable[[], int] = self._interface.iar1 if present else self._no_interface
         self.eoir1: Callable[[int], None] = self._interface.eoir1 if present else self._no_interface
         if present and costs.eoi_ns:
             self.eoir1 = self._priced_eoir1
-        self._icc_read = ICC_READ if present else {}
+        self._icc_read = ICC_READ if present else {} if self._interface is None else _GICV2_READ
         if present and not self._write_costs:
             self._icc_write = ICC_WRITE  # one for all vCPUs: it stays in the cache
         else:
@@ -97,7 +121,7 @@ class Arm64Cpu(Cpu):
         else:
             write(self._interface, value)
             return
-        if name in self._write_costs and self._interface is not None:
+        if name in self._write_costs and isinstance(self._interface, VgicV3Cpu):
             await self._spend(self._write_costs[name])
             ICC_WRITE[name](self._interface, value)
             return
@@ -113,6 +137,32 @@ class Arm64Cpu(Cpu):
     def _no_interface(self, *_: int) -> NoReturn:
         raise RuntimeError("ICC_IAR1_EL1, ICC_EOIR1_EL1: the VM has no GICv3")
 
+    async def load_pair(self, gpa: int) -> tuple[int, int]:
+        """LDP: the two 64-bit words at ``gpa``, an access that is for memory only.
+
+        Hardware gives no syndrome for it, so nobody can emulate it: outside memory slots, in-kernel devices
+        included, KVM_RUN fails with ENOSYS or exits with KVM_EXIT_ARM_NISV, and the guest is where it was.
+
+        Raises:
+            DataAbort: the VMM has injected one.
+        """
+        while not self._vcpu.vm.memory.is_backed(gpa, 16):
+            await self._no_syndrome(gpa, ISS_TRANSLATION_FAULT)
+        memory = self._vcpu.vm.memory
+        return memory.read_u64(gpa), memory.read_u64(gpa + 8)
+
+    async def store_pair(self, gpa: int, first: int, second: int) -> None:
+        """STP; as :meth:`load_pair`, and read-only slots are not memory to it."""
+        while not self._vcpu.vm.memory.is_writable(gpa, 16):
+            await self._no_syndrome(gpa, ISS_TRANSLATION_FAULT | ISS_WNR)
+        self._vcpu.vm.memory.write_u64(gpa, first)
+        self._vcpu.vm.memory.write_u64(gpa + 8, second)
+
+    async def _no_syndrome(self, gpa: int, iss: int) -> None:
+        if self._vcpu.costs.exit_ns:
+            await self._spend(self._vcpu.costs.exit_ns)
+        await self._leave(NisvExit(gpa, iss, KVM_CAP_ARM_NISV_TO_USER in self._vcpu.vm.enabled))
+
     async def hvc(self, function: int, *args: int) -> int:
         """A hypercall: PSCI function and arguments (x0 first); the result, negative for an error."""
         if self._vcpu.costs.exit_ns:
@@ -120,6 +170,8 @@ class Arm64Cpu(Cpu):
         if function in (PSCI_SYSTEM_OFF, PSCI_SYSTEM_RESET):
             event = KVM_SYSTEM_EVENT_SHUTDOWN if function == PSCI_SYSTEM_OFF else KVM_SYSTEM_EVENT_RESET
             return int(await self._leave(SystemEventExit(event)))
+        if function == PSCI_SYSTEM_SUSPEND and KVM_CAP_ARM_SYSTEM_SUSPEND in self._vcpu.vm.enabled:
+            return int(await self._leave(SystemEventExit(KVM_SYSTEM_EVENT_SUSPEND)))
         return self._vcpu.psci(function, args)
 
     async def system_off(self) -> None:
@@ -130,7 +182,7 @@ class Arm64Cpu(Cpu):
 class Arm64Vcpu(Vcpu):
     """An arm64 vCPU: affinity, features and timers besides what every vCPU has."""
 
-    __slots__ = ("features", "timers")
+    __slots__ = ("features", "lines", "timers")
 
     cpu_class = Arm64Cpu
 
@@ -140,12 +192,16 @@ class Arm64Vcpu(Vcpu):
         self.features: frozenset[int] = frozenset()
         """KVM_ARM_VCPU_* features given to KVM_ARM_VCPU_INIT."""
         self.timers = ArchTimers(counter, name=f"vcpu{vcpu_id}")
+        self.lines = CpuLines(self)
+        """In use without an in-kernel GIC."""
 
     def entering(self) -> None:
         """The interrupt controller's CPU interface and the timers go onto the CPU."""
         if self.cpu_interface is not None:
             self.cpu_interface.load()
         self.timers.load()
+        if self.cpu_interface is None:
+            self.lines.check()
 
     def touch_hardware(self) -> None:
         """The CPU interface and the timers are loaded and stored again; a timer that is due raises its line."""
@@ -157,6 +213,8 @@ class Arm64Vcpu(Vcpu):
     def leaving(self) -> None:
         """The lines stand still until the next KVM_RUN."""
         self.timers.put()
+        if self.cpu_interface is None:
+            self.lines.tell()
 
     def psci(self, function: int, args: tuple[int, ...]) -> int:
         """PSCI functions that concern vCPUs."""
@@ -214,6 +272,7 @@ def _timer_write(name: str) -> Callable[[Arm64Cpu, int], None]:
 _READ: dict[str, Callable[[Arm64Cpu], int]] = {
     "MPIDR_EL1": lambda cpu: cpu._vcpu.mpidr,
     "DAIF": _read_daif,
+    "ISR_EL1": lambda cpu: cpu._vcpu.lines.isr(),
     **{name: _timer_read(name) for name in ArchTimers.READ},
 }
 

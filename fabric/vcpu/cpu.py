@@ -6,6 +6,10 @@ registers and calls are in its module (:mod:`fabric.vcpu.arm64`).
 A program starts with interrupts masked. Interrupts are taken only inside :meth:`Cpu.compute` and
 :meth:`Cpu.wait_for_interrupt`, by awaiting the handler that :meth:`Cpu.set_vector` names, with interrupts masked;
 when it returns they are unmasked again. A program that polls never unmasks: it waits, then acknowledges.
+
+A guest may be moved to another vCPU while it stands in ``_attend`` or ``_leave`` (:mod:`fabric.vcpu.guest`). So whoever
+has come back from there, or from a handler, which may have been there, looks its vCPU and what belongs to it up anew;
+a wait that nothing disturbed has nothing to look up.
 """
 
 from __future__ import annotations
@@ -39,21 +43,31 @@ _NO_INTERRUPTS = _NoInterrupts()
 class Cpu:
     """The CPU a guest program runs on."""
 
-    __slots__ = ("_controller", "_engine", "_vcpu", "_vector", "masked")
+    __slots__ = ("_controller", "_engine", "_injection_ns", "_vcpu", "_vector", "masked")
 
     def __init__(self, vcpu: Vcpu) -> None:
+        self.bind(vcpu)
+        self._vector: Callable[[Any], Awaitable[object]] | None = None
+        self.masked = True
+        """Interrupts are masked (ARM: PSTATE.I)."""
+
+    def bind(self, vcpu: Vcpu) -> None:
+        """Be the CPU of ``vcpu``, as that begins to run or takes over a guest (:mod:`fabric.vcpu.guest`)."""
         self._vcpu = vcpu
         self._engine: Any = vcpu.engine
         # The interrupt controller's part for this CPU, which is there by the first run or never.
         self._controller: Any = vcpu.cpu_interface or _NO_INTERRUPTS
-        self._vector: Callable[[Any], Awaitable[object]] | None = None
-        self.masked = True
-        """Interrupts are masked (ARM: PSTATE.I)."""
+        self._injection_ns = vcpu.costs.injection_ns
 
     @property
     def number(self) -> int:
         """Which vCPU this is, in creation order."""
         return self._vcpu.index
+
+    @property
+    def controller(self) -> Any:
+        """The interrupt controller's part for this CPU."""
+        return self._controller
 
     @property
     def now(self) -> int:
@@ -104,8 +118,12 @@ class Cpu:
         while True:
             if vcpu.disturbed or (host is not None and vcpu.pcpu is None):
                 yield from self._schedule_in()
+                vcpu, engine, interface = self._vcpu, self._engine, self._controller
+                host = vcpu.host
             if not self.masked and interface.line:
                 yield from self._take_interrupts()
+                vcpu, engine, interface = self._vcpu, self._engine, self._controller
+                host = vcpu.host
                 continue
             if left <= 0:
                 return
@@ -135,12 +153,14 @@ class Cpu:
         interface = self._controller
         if vcpu.disturbed:
             yield from self._attend()
+            vcpu, interface = self._vcpu, self._controller
         if not interface.line:
             if vcpu.host is not None:
                 vcpu.host.release(vcpu)
             while not interface.line:
                 if vcpu.disturbed:
                     yield from self._attend()
+                    vcpu, interface = self._vcpu, self._controller
                     continue
                 task = self._engine.current
                 if until_ns is not None:
@@ -165,8 +185,10 @@ class Cpu:
         if memory.is_backed(gpa, size):
             return _READ[size](memory, gpa)
         found = vcpu.vm.mmio.find(gpa, size)
-        if vcpu.costs.exit_ns:
+        if vcpu.costs.exit_ns and (found is None or found[0].exits):
             await self._spend(vcpu.costs.exit_ns)
+            vcpu = self._vcpu
+            found = vcpu.vm.mmio.find(gpa, size)
         if found is not None:
             handler, offset = found
             value: int = handler.mmio_read(offset, size, vcpu)
@@ -186,11 +208,15 @@ class Cpu:
                 await self._spend(vcpu.costs.exit_ns)
             return
         found = vcpu.vm.mmio.find(gpa, size)
-        if vcpu.costs.exit_ns:
+        if vcpu.costs.exit_ns and (found is None or found[0].exits):
             await self._spend(vcpu.costs.exit_ns)
+            vcpu = self._vcpu
+            found = vcpu.vm.mmio.find(gpa, size)
         if found is not None:
             handler, offset = found
             handler.mmio_write(offset, size, value, vcpu)
+            if offset == handler.eoi_offset and vcpu.costs.eoi_ns:
+                vcpu.owe(vcpu.costs.eoi_ns)
             return
         await self._leave(MmioExit(gpa, size, value))
 
@@ -205,12 +231,14 @@ class Cpu:
         while interface.line:
             if vcpu.disturbed or (vcpu.host is not None and vcpu.pcpu is None):
                 yield from self._schedule_in()
+                vcpu, interface = self._vcpu, self._controller
                 continue
             self.masked = True
-            if vcpu.costs.injection_ns:
-                yield from self._spend(vcpu.costs.injection_ns)
+            if self._injection_ns:
+                yield from self._spend(self._injection_ns)
             yield from vector(self)
             self.masked = False
+            vcpu, interface = self._vcpu, self._controller
 
     @types.coroutine
     def _spend(self, ns: int) -> Generator[Any, Any, None]:
@@ -225,7 +253,12 @@ class Cpu:
         vcpu = self._vcpu
         if vcpu.costs.userspace_exit_ns:
             yield from self._spend(vcpu.costs.userspace_exit_ns)
-        return (yield Leave(exit_))
+        completed = yield Leave(exit_)
+        vcpu = self._vcpu
+        if vcpu.abort is not None:
+            abort, vcpu.abort = vcpu.abort, None
+            raise abort
+        return completed
 
     @types.coroutine
     def _attend(self) -> Generator[Any, Any, None]:
@@ -237,6 +270,7 @@ class Cpu:
         if vcpu.interrupted:
             vcpu.interrupted = False
             yield Leave(INTERRUPTED)
+            vcpu = self._vcpu
         if vcpu.owed_ns:
             owed, vcpu.owed_ns = vcpu.owed_ns, 0
             yield from self._spend(owed)
@@ -244,8 +278,8 @@ class Cpu:
     @types.coroutine
     def _schedule_in(self) -> Generator[Any, Any, None]:
         """Be inside KVM_RUN, undisturbed, and hold a physical CPU where they are scarce."""
-        vcpu = self._vcpu
         while True:
+            vcpu = self._vcpu
             if vcpu.disturbed:
                 yield from self._attend()
             elif vcpu.host is not None and vcpu.pcpu is None:

@@ -17,20 +17,23 @@ from fabric.clock import Priority
 from fabric.clock.hosted import Nested
 from fabric.clock.waiting import WaitQueue
 from fabric.errors import KvmError
-from fabric.uapi.kvm import KVM_RUN_IMMEDIATE_EXIT
+from fabric.uapi.kvm import KVM_EXIT_UNKNOWN, KVM_RUN_IMMEDIATE_EXIT, KVM_SYSTEM_EVENT_WAKEUP
 from fabric.vcpu.cpu import Cpu
-from fabric.vcpu.exits import INTERRUPTED
+from fabric.vcpu.exits import INTERRUPTED, SystemEventExit, set_exit_reason
+from fabric.vcpu.guest import Guest
 from fabric.vcpu.host import Costs, Host, StealWait
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Generator
 
     from fabric.clock.engine import Engine
     from fabric.clock.hosted import Hosted
     from fabric.devices.base import VmServices
     from fabric.vcpu.exits import Exit
+    from fabric.vcpu.guest import Program
 
-    Program = Callable[[Any], Awaitable[object]]
+_WAITS = {Cpu.compute.__code__, Cpu.wait_for_interrupt.__code__, Host.acquire.__code__}
+"""Where a guest waits for its CPU."""
 
 RUN_AREA_SIZE = 8192
 """KVM_GET_VCPU_MMAP_SIZE: struct kvm_run and the ring of coalesced MMIO, a page each."""
@@ -57,16 +60,21 @@ class Vcpu(_HotFields):
 
     __slots__ = (
         "__weakref__",
+        "_arrived",
         "_completed",
         "_costs",
+        "_cpu",
         "_exit",
+        "_failed",
         "_guest",
         "_left_at",
+        "_next_exit",
         "_power",
         "_program",
         "_steal_wait",
         "_task",
         "_turn",
+        "abort",
         "engine",
         "has_run",
         "index",
@@ -80,6 +88,7 @@ class Vcpu(_HotFields):
         "run_view",
         "running",
         "stolen_ns",
+        "suspended",
         "vcpu_id",
         "vm",
     )
@@ -95,6 +104,10 @@ class Vcpu(_HotFields):
         self.running = False
         self.powered_off = False
         """Stopped (MP_STATE_STOPPED): KVM_RUN waits until another vCPU powers it on."""
+        self.suspended = False
+        """MP_STATE_SUSPENDED: KVM_RUN waits for an interrupt, and exits with KVM_SYSTEM_EVENT_WAKEUP."""
+        self.abort: Exception | None = None
+        """What the access that exited raises in the guest, instead of being completed."""
         self.cpu_interface: Any = None
         self._costs = Costs()
         self.wakeup_ns = 0
@@ -118,7 +131,14 @@ class Vcpu(_HotFields):
         self._steal_wait: StealWait | None = None
         self._program: Program | None = None
         self._guest: Any = None
+        self._cpu: Any = None
+        """What the guest that has begun knows it as."""
+        self._arrived: Guest | None = None
+        """A guest from elsewhere, until it runs here."""
+        self._failed: BaseException | None = None
+        """What the guest ended with, if that was an exception."""
         self._exit: Exit | None = None
+        self._next_exit: Exit | None = None
         self._completed: Any = None
         """The result of the last exit, for the access that waits for it."""
         self._task: Hosted | None = None
@@ -150,13 +170,73 @@ class Vcpu(_HotFields):
         assert self._steal_wait is not None
         return self._steal_wait
 
-    def load(self, program: Program) -> None:
-        """Give it its guest. TypeError unless callable; EBUSY once it has run."""
-        if not callable(program):
+    def load(self, program: Program | Guest) -> None:
+        """Give it its guest, a program or one that was unloaded from another vCPU.
+
+        Raises:
+            TypeError: neither; ValueError: a guest of another architecture.
+            KvmError: EBUSY while it has a guest that has begun.
+        """
+        if not (callable(program) or isinstance(program, Guest)):
             raise TypeError(f"a guest program must be an async function of one argument, not {program!r}")
-        if self._guest is not None:
+        if self._guest is not None or (self._arrived is not None and self._arrived.begun):
             raise KvmError(errno.EBUSY, f"vCPU {self.vcpu_id} has begun to run its program: load comes before that")
-        self._program = program
+        if isinstance(program, Guest):
+            if program.cpu_class is not self.cpu_class:
+                raise ValueError(f"a guest of {program.cpu_class.__name__} cannot run on {self.cpu_class.__name__}")
+            self._arrived, self._program = program, program.program
+        else:
+            self._arrived, self._program = None, program
+        self._failed = None
+
+    @property
+    def has_guest(self) -> bool:
+        """A program or a guest was loaded."""
+        return self._program is not None
+
+    def unload(self) -> Guest | None:
+        """Take its guest out, to be loaded into another vCPU; None when there is none. See :mod:`fabric.vcpu.guest`.
+
+        Raises:
+            KvmError: EBUSY inside KVM_RUN, in an exit that is not completed (KVM_RUN with ``immediate_exit`` does
+                that), and while the guest waits for something that is not its CPU's.
+            RuntimeError: the guest failed, so there is nothing to go on with.
+        """
+        if self.running:
+            raise KvmError(errno.EBUSY, f"vCPU {self.vcpu_id} is inside KVM_RUN: it has to be stopped first")
+        if self._exit is not None:
+            raise KvmError(
+                errno.EBUSY,
+                f"vCPU {self.vcpu_id} is in an exit: KVM_RUN with immediate_exit has to complete it first",
+            )
+        if self._failed is not None:
+            raise RuntimeError(f"the guest of vCPU {self.vcpu_id} has failed: {self._failed!r}")
+        guest, program = self._arrived, self._program
+        if guest is None and program is not None:
+            self._come_to_rest()
+            cpu = None if self._guest is None else self._cpu
+            guest = Guest(program, self.cpu_class, self._guest, cpu, self._completed, self.abort, self.owed_ns)
+        self._arrived = self._program = self._guest = self._cpu = self._completed = self.abort = None
+        self.owed_ns = 0
+        self.disturbed = False
+        return guest
+
+    def _come_to_rest(self) -> None:
+        """Step a guest whose KVM_RUN was cancelled in the middle of a wait to where it can be moved."""
+        if self._left_at is None:
+            return
+        assert self.engine is not None
+        if not _waits_for_its_cpu(self._guest):
+            raise KvmError(errno.EBUSY, f"the guest of vCPU {self.vcpu_id} waits for something that is not its CPU's")
+        self.absent_ns = self.engine.now - self._left_at
+        self._left_at = None
+        self.disturbed = self.interrupted = True
+        # A halted guest that nobody disturbed would look at its line first, and go on when an interrupt is there.
+        controller = self._cpu.controller
+        line, controller.line = controller.line, False
+        trap = self._guest.send(None)
+        controller.line = line
+        assert trap.value is INTERRUPTED
 
     # What interrupt controllers and waits call.
 
@@ -204,6 +284,12 @@ class Vcpu(_HotFields):
         if self.run_area[KVM_RUN_IMMEDIATE_EXIT]:
             self._turn.wake_one()
             self.leave_at_once()
+        set_exit_reason(self.run_view, KVM_EXIT_UNKNOWN)
+        if self._next_exit is not None:
+            exit_, self._next_exit = self._next_exit, None
+            self._turn.wake_one()
+            exit_.fill(self.run_view)
+            return 0
         task = engine.blocking_task()
         priority = task.priority
         self.running = True
@@ -217,6 +303,12 @@ class Vcpu(_HotFields):
                     if self.interrupted:
                         self._eintr()
                     await self._power.wait()
+                if self.interrupted:
+                    self._eintr()
+                if self.suspended:
+                    await self._wakeup(engine)
+                    SystemEventExit(KVM_SYSTEM_EVENT_WAKEUP).fill(self.run_view)
+                    return 0
                 left = await self._enter(engine)
                 if left is INTERRUPTED:
                     self._eintr()
@@ -241,6 +333,15 @@ class Vcpu(_HotFields):
         left.fill(self.run_view)
         return 0
 
+    @property
+    def exited(self) -> Exit | None:
+        """The exit whose access the next KVM_RUN completes."""
+        return self._exit
+
+    def exit_next(self, exit_: Exit) -> None:
+        """Have the next KVM_RUN return with that exit and not enter the guest."""
+        self._next_exit = exit_
+
     def interrupt(self) -> None:
         """Have the KVM_RUN under way fail with EINTR, as a signal to its thread would. Without one: nothing."""
         task = self._task
@@ -264,8 +365,9 @@ class Vcpu(_HotFields):
 
     def restart(self) -> None:
         """The registers are reset: at the next KVM_RUN the program begins anew, whatever it was in."""
-        guest, self._guest = self._guest, None
-        self._exit = self._completed = self._left_at = None
+        guest = self._guest if self._arrived is None else self._arrived.coroutine
+        self._guest = self._arrived = self._cpu = self._failed = None
+        self._exit = self._completed = self._left_at = self.abort = None
         if guest is not None:
             guest.close()
 
@@ -285,30 +387,66 @@ class Vcpu(_HotFields):
 
     def _eintr(self) -> None:
         self.interrupted = False
+        INTERRUPTED.fill(self.run_view)
         raise KvmError(errno.EINTR, f"KVM_RUN of vCPU {self.vcpu_id} was interrupted")
+
+    @types.coroutine
+    def _wakeup(self, engine: Engine) -> Generator[Any, Any, None]:
+        """Suspended: wait for an interrupt as a halted guest does. It stays suspended until the VMM says otherwise."""
+        interface = self.cpu_interface
+        while interface is None or not interface.line:
+            if self.interrupted:
+                self._eintr()
+            task: Any = engine.current
+            task.waits = self
+            self.wakeable = task
+            yield
+            self.wakeable = None
 
     @types.coroutine
     def _enter(self, engine: Engine) -> Generator[Any, Any, Any]:
         """Run the guest program in the place of this coroutine until it leaves or returns."""
-        value, self._completed = self._completed, None
         if self._guest is None:
-            if self._program is None:
-                raise RuntimeError(f"vCPU {self.vcpu_id} has no program: call kvm.load(vcpu_fd, program) first")
-            self._guest = self._program(self.cpu_class(self))
-            if not hasattr(self._guest, "send"):
-                raise TypeError(f"a guest program must be an async function, {self._program!r} is not")
+            self._begin()
         elif self._left_at is not None:
             self.absent_ns = engine.now - self._left_at
             self._left_at = None
             self.disturbed = True
+        value, self._completed = self._completed, None
         try:
             return (yield Nested(self._guest, value, self._aborted))
-        except BaseException:
+        except BaseException as error:
             if self._left_at is None:
-                self._guest = None  # it raised, so there is nothing to go on with
+                self._guest, self._failed = None, error  # it raised, so there is nothing to go on with
             raise
+
+    def _begin(self) -> None:
+        """Start the program, or take over the guest that was loaded."""
+        arrived, self._arrived = self._arrived, None
+        if arrived is not None and arrived.begun:
+            self._guest, self._cpu, self._completed = arrived.coroutine, arrived.cpu, arrived.result
+            self._cpu.bind(self)
+            self.abort, self.owed_ns = arrived.abort, arrived.owed_ns
+            self.disturbed = bool(self.owed_ns)
+            return
+        if self._program is None:
+            raise RuntimeError(f"vCPU {self.vcpu_id} has no program: call kvm.load(vcpu_fd, program) first")
+        self._failed = None
+        self._cpu = self.cpu_class(self)
+        self._guest = self._program(self._cpu)
+        if not hasattr(self._guest, "send"):
+            raise TypeError(f"a guest program must be an async function, {self._program!r} is not")
 
     def _aborted(self) -> None:
         """KVM_RUN is cancelled while the guest waits: it keeps its place."""
         assert self.engine is not None
         self._left_at = self.engine.now
+
+
+def _waits_for_its_cpu(guest: Any) -> bool:
+    """Whether a guest that is blocked in the engine is so in a wait of its CPU (or of the CPU's wait for a host's)."""
+    place, inner = None, guest
+    while inner is not None:
+        place, outer = inner, place
+        inner = getattr(place, "cr_await", None) or getattr(place, "gi_yieldfrom", None)
+    return bool({getattr(frame, "gi_code", None) for frame in (place, outer)} & _WAITS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fabric.vmm.arm64_gicv2 import Arm64Gicv2
 from fabric.vmm.arm64_gicv3 import Arm64Gicv3
 from fabric.vmm.device import BlockDevice, Device, NetworkDevice, RecordedSource
 from fabric.vmm.machine import Machine
@@ -11,10 +12,20 @@ from fabric.vmm.machine import Machine
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-BOARDS: dict[str, type[Machine]] = {board.name: board for board in (Arm64Gicv3,)}
+BOARDS: dict[str, type[Machine]] = {board.name: board for board in (Arm64Gicv3, Arm64Gicv2)}
 """The boards by name."""
 
-__all__ = ["BOARDS", "Arm64Gicv3", "BlockDevice", "Device", "Machine", "NetworkDevice", "RecordedSource", "run_guest"]
+__all__ = [
+    "BOARDS",
+    "Arm64Gicv2",
+    "Arm64Gicv3",
+    "BlockDevice",
+    "Device",
+    "Machine",
+    "NetworkDevice",
+    "RecordedSource",
+    "run_guest",
+]
 
 
 async def run_guest(board: str, guest: Callable[[Any, Any], Awaitable[object]], vcpus: int = 1) -> Any:

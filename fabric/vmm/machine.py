@@ -11,7 +11,7 @@ queue's doorbell is an ioeventfd.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import trio
 
@@ -53,6 +53,18 @@ SLOT_SIZE = 1 << 42
 AnyDevice = TypeVar("AnyDevice", bound="Device")
 
 
+class Registers(Protocol):
+    """Who answers MMIO exits in a range of addresses."""
+
+    def read(self, offset: int, size: int) -> int:
+        """The value of a read."""
+        ...
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A write."""
+        ...
+
+
 class Machine:
     """One VM with its memory, vCPUs and devices.
 
@@ -80,6 +92,8 @@ class Machine:
     def __init__(self, vcpus: int, memory_bytes: int = 1 << 30, *, name: str = "", **options: Any) -> None:
         if vcpus < 1:
             raise ValueError(f"a machine has at least one vCPU, not {vcpus!r}")
+        if vcpus > self.max_vcpus:
+            raise ValueError(f"the board {self.name} has at most {self.max_vcpus} vCPUs, not {vcpus!r}")
         self.user = SparseMemory()
         self.kvm = Kvm(self.arch, user_memory=self.user, name=name, **options)
         self.memory_bytes = memory_bytes
@@ -178,6 +192,11 @@ class Machine:
         device.plug(self, devid=(number + 1) << 3, bar=self.bar_base + number * BAR_SIZE)
         return device
 
+    def registers(self, address: int) -> tuple[Registers | None, int]:
+        """Whose registers are at guest physical ``address``, and at which offset of theirs that is."""
+        number, offset = divmod(address - self.bar_base, BAR_SIZE)
+        return self.devices[number] if 0 <= number < len(self.devices) else None, offset
+
     def doorbell(self, address: int) -> EventFd:
         """An eventfd signalled by 4-byte writes to guest physical ``address`` (KVM_IOEVENTFD)."""
         event = self.kvm.eventfd()
@@ -185,8 +204,17 @@ class Machine:
         self.kvm.ioctl(self.vm_fd, ioctl.KVM_IOEVENTFD, bytearray(request.pack()))
         return event
 
-    def interrupt(self, message: MsiMessage) -> EventFd:
-        """An eventfd that raises ``message``: a GSI route and an irqfd (KVM_SET_GSI_ROUTING, KVM_IRQFD)."""
+    def interrupt(self, message: MsiMessage) -> EventFd | None:
+        """An eventfd that raises ``message`` (KVM_IRQFD); None for a message that would reach nobody."""
+        gsi = self.gsi_of(message)
+        if gsi is None:
+            return None
+        event = self.kvm.eventfd()
+        self.kvm.ioctl(self.vm_fd, ioctl.KVM_IRQFD, bytearray(KvmIrqfd(fd=int(event), gsi=gsi).pack()))
+        return event
+
+    def gsi_of(self, message: MsiMessage) -> int | None:
+        """The GSI that stands for ``message``: by default a route of its own (KVM_SET_GSI_ROUTING)."""
         gsi = self.first_msi_gsi + self._routes
         msi = KvmIrqRoutingMsi(
             address_lo=message.address & 0xFFFF_FFFF,
@@ -201,9 +229,7 @@ class Machine:
         self._route_entries += entry.pack()
         table = bytearray(KvmIrqRouting(nr=self._routes).pack()) + self._route_entries
         self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_GSI_ROUTING, table)
-        event = self.kvm.eventfd()
-        self.kvm.ioctl(self.vm_fd, ioctl.KVM_IRQFD, bytearray(KvmIrqfd(fd=int(event), gsi=gsi).pack()))
-        return event
+        return gsi
 
     # Looking inside, as no real VMM could.
 
@@ -211,6 +237,11 @@ class Machine:
     def vm(self) -> Any:
         """The VM behind its fd: ledger, channels, listeners."""
         return self.kvm.vm(self.vm_fd)
+
+    @property
+    def wire(self) -> Any:
+        """The channel that the interrupts of devices take to the interrupt controller."""
+        return self.vm.msis
 
     @property
     def vcpus(self) -> list[Any]:
@@ -239,16 +270,21 @@ class Machine:
         wait for interrupts.
         """
         driver = self.driver()
+        up = 0
 
         async def program(cpu: Any) -> None:
+            nonlocal up
             if cpu.number == 0:
                 await driver.start(cpu)
             await driver.start_cpu(cpu)
             cpu.unmask()
+            up += 1
             while cpu.number:
                 await cpu.wait_for_interrupt()
             for number in range(1, len(self.vcpu_fds)):
                 await self.start_secondary(cpu, number)
+            while up < len(self.vcpu_fds):
+                await cpu.compute(1_000)
             await guest(cpu, driver)
             nursery.cancel_scope.cancel()
 
@@ -282,14 +318,13 @@ class Machine:
 
     def _mmio(self, area: memoryview) -> None:
         mmio = KvmRunMmio.unpack(area[KVM_RUN_EXIT:])
-        number, offset = divmod(mmio.phys_addr - self.bar_base, BAR_SIZE)
-        device = self.devices[number] if 0 <= number < len(self.devices) else None
+        registers, offset = self.registers(mmio.phys_addr)
         if mmio.is_write:
-            if device is not None:
-                device.write(offset, mmio.len, int.from_bytes(mmio.data[: mmio.len], "little"))
+            if registers is not None:
+                registers.write(offset, mmio.len, int.from_bytes(mmio.data[: mmio.len], "little"))
             return
         # A read that nobody answers gives all ones, as on a bus.
-        value = device.read(offset, mmio.len) if device is not None else (1 << 8 * mmio.len) - 1
+        value = registers.read(offset, mmio.len) if registers is not None else (1 << 8 * mmio.len) - 1
         data = value.to_bytes(mmio.len, "little").ljust(8, b"\0")
         area[KVM_RUN_EXIT + 8 : KVM_RUN_EXIT + 16] = data
 

@@ -3,8 +3,9 @@
 A model (VGICv3, VGICv2) is a subclass of :class:`Vgic`: it adds the frames, the device attributes and the CPU
 interface. This module knows interrupts, vCPUs and the ledger only.
 
-Kept from KVM (Linux 6.1): an interrupt raised while the distributor does not forward is not queued at a vCPU,
-and enabling forwarding does not queue it either; the next event on that interrupt does.
+Kept from KVM (Linux 6.1): what is on a vCPU's list of interrupts and when (:mod:`.vgic_irq`). So an interrupt raised
+while the distributor does not forward is not queued at a vCPU, and enabling forwarding does not queue it either;
+the next event on that interrupt does.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from heapq import heappush
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fabric.devices.arm.vgic_irq import (
+    ADRIFT,
     MIN_LPI,
     NR_PRIVATE_IRQS,
     NR_SGIS,
@@ -28,6 +30,7 @@ from fabric.errors import KvmError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fabric.devices.arm.vgic_irq import Entry
     from fabric.devices.base import IrqEvents, VcpuServices, VmServices
     from fabric.trace.ledger import Ledger
 
@@ -49,6 +52,8 @@ class Vgic:
     - ``eoi_notifiers``: INTID to functions called when that level-triggered SPI ends (resample irqfds).
     """
 
+    model: ClassVar[str]
+    """What it is called in messages."""
     max_vcpus: ClassVar[int]
     cpu_class: ClassVar[type[VgicCpu]]
     initial_group: ClassVar[int]
@@ -93,6 +98,26 @@ class Vgic:
         """The VM has an ITS, hence LPIs."""
         return bool(self.its_list)
 
+    @classmethod
+    def create(cls, vm: VmServices) -> Self:
+        """KVM_CREATE_DEVICE.
+
+        Raises:
+            KvmError: EBUSY while a vCPU runs or when one has run, EEXIST when the VM has a GIC, E2BIG with more
+                vCPUs than the model takes.
+        """
+        with vm.lock_vcpus():
+            if vm.irqchip is not None:
+                raise KvmError(errno.EEXIST, "the VM has an in-kernel GIC already")
+            if any(vcpu.has_run for vcpu in vm.vcpus):
+                raise KvmError(errno.EBUSY, "a GIC must be created before any vCPU has run")
+            if len(vm.vcpus) > cls.max_vcpus:
+                raise KvmError(errno.E2BIG, f"a {cls.model} takes {cls.max_vcpus} vCPUs, not {len(vm.vcpus)}")
+            return cls(vm)
+
+    def destroy(self) -> None:
+        """The device fd was closed; the GIC lives as long as the VM."""
+
     # -- vCPUs and set-up ----------------------------------------------------------------------------------
 
     def check_create_vcpu(self, vcpu_id: int) -> None:
@@ -123,9 +148,15 @@ class Vgic:
         raise NotImplementedError
 
     def initialize(self) -> None:
-        """Fix the number of interrupts and bring up the distributor; again is a no-op."""
+        """Fix the number of interrupts and bring up the distributor; again is a no-op.
+
+        Raises:
+            KvmError: EBUSY while a vCPU is being created.
+        """
         if self.initialized:
             return
+        if len(self.cpus) != len(self.vm.vcpus):
+            raise KvmError(errno.EBUSY, "a vCPU is being created, and has no CPU interface yet")
         if self.nr_irqs == NR_PRIVATE_IRQS:
             self.nr_irqs = DEFAULT_NR_IRQS
         first = self.cpus[0] if self.cpus else None
@@ -141,17 +172,14 @@ class Vgic:
             cpu = self._by_mpidr.get(mpidr)
         return cpu
 
-    def set_forwarding(self, on: bool, *, running: bool = True) -> None:
-        """GICD_CTLR: whether interrupts are passed on to the vCPUs.
-
-        When it is turned off by userspace, with no vCPU ``running``, what is queued stays so until a vCPU runs.
-        """
+    def set_forwarding(self, on: bool) -> None:
+        """GICD_CTLR: whether interrupts are passed on. A vCPU that stands still keeps what is on its list."""
         if on == self.forwarding:
             return
         self.forwarding = on
         for cpu in self.cpus:
             cpu.forwarding = on
-            if running and not on:
+            if not on and cpu.vcpu.running:
                 cpu.purge()
             cpu.update()
 
@@ -220,7 +248,7 @@ class Vgic:
         irq.line = False
         if was_open and not irq.open:
             self.drop(irq, "line lowered")
-        self.settle(irq, event=False)
+        self.settle(irq)
 
     def _pend(self, irq: VgicIrq) -> None:
         """Latch an interrupt that is not latched, once it has been counted as raised."""
@@ -235,7 +263,7 @@ class Vgic:
 
     def _coalesce(self, irq: VgicIrq) -> None:
         self._note_coalesced(irq)
-        if irq.entry is None:
+        if irq.entry is None or irq.entry is ADRIFT:
             self.settle(irq)
 
     def _note_coalesced(self, irq: VgicIrq) -> None:
@@ -287,32 +315,44 @@ class Vgic:
     # -- changes of configuration ---------------------------------------------------------------------------
 
     def settle(self, irq: VgicIrq, *, event: bool = True) -> None:
-        """Queue ``irq`` where its state says, or take it off; called after any change of it.
+        """Have ``irq`` where its state says; called after any change of it.
 
-        Not every change is an ``event`` that has KVM queue what was not queued before.
+        Not every change is an ``event``, which has KVM put onto its target's list what is on none.
         """
-        cpu = irq.target
         entry = irq.entry
-        if irq.active:
-            if entry is None and cpu is not None:
-                cpu.hold(irq)
-            return
-        wanted = irq.enabled and cpu is not None and irq.asserted
-        if entry is not None:
+        if entry is None or entry is ADRIFT:
+            target = irq.target
+            if event and target is not None:
+                if irq.active:
+                    target.hold(irq)
+                elif irq.enabled and irq.asserted and target.forwarding:
+                    target.push(irq)
+        elif not irq.active:
             where = entry[3]
-            if wanted and where is cpu:
-                if entry[0] != irq.priority:
-                    where.push(irq, entry[1])
-                    where.tidy()
-                return
+            if not self._belongs(irq, where):
+                self._dislodge(entry)
+            elif entry[0] != irq.priority or entry[1] in where.parked:
+                where.push(irq, entry[1])
+                where.tidy()
+
+    @staticmethod
+    def _belongs(irq: VgicIrq, cpu: VgicCpu) -> bool:
+        """Whether ``cpu``, on whose list ``irq`` is, has it queued. (Forwarding is looked at when a vCPU runs.)"""
+        return irq.target is cpu and irq.enabled and irq.asserted and (cpu.forwarding or not cpu.vcpu.running)
+
+    def _dislodge(self, entry: Entry) -> None:
+        """There is nothing to do for an interrupt where it is: onto the list of its target, when its vCPU runs."""
+        where = entry[3]
+        if where.vcpu.running:
             where.leave(entry)
-        if wanted and cpu is not None and cpu.forwarding and (event or entry is not None):
-            cpu.push(irq)
+            self.settle(entry[2])
+        else:
+            where.park(entry)
 
     def set_enabled(self, irq: VgicIrq, enabled: bool) -> None:
         """Enable or disable; a disabled interrupt keeps its pending state."""
         irq.enabled = enabled
-        self.settle(irq)
+        self.settle(irq, event=enabled)
 
     def set_priority(self, irq: VgicIrq, priority: int) -> None:
         """Change the priority; a queued interrupt keeps its place among equals."""
@@ -324,7 +364,7 @@ class Vgic:
         entry = irq.entry
         if irq.group != group:
             irq.group = group
-            if entry is not None and not irq.active:
+            if entry is not None and not irq.active and entry[1] not in entry[3].parked:
                 entry[3].push(irq, entry[1])
                 entry[3].tidy()
         self.settle(irq)
@@ -343,7 +383,10 @@ class Vgic:
         self.settle(irq, event=False)
 
     def retarget(self, irq: VgicIrq, target: VgicCpu | None) -> None:
-        """Send ``irq`` to another vCPU, pending state included; an active one moves when it has ended."""
+        """Send ``irq`` to another vCPU.
+
+        Pending state goes along when the vCPU that has it runs; an active one moves when it has ended.
+        """
         irq.target = target
         self.settle(irq, event=False)
 
@@ -352,15 +395,19 @@ class Vgic:
     def activate(self, irq: VgicIrq) -> None:
         """Set the active state (a write to ISACTIVER)."""
         if irq.active:
+            self.settle(irq)
             return
         was_open = irq.open
         entry = irq.entry
         irq.active = True
         if entry is not None:
             entry[3].hold(irq, entry[1])
+        elif irq.target is not None:
+            irq.target.hold(irq)
+        else:
+            irq.entry = ADRIFT
         if was_open and not irq.open:
             self.drop(irq, "made active")
-        self.settle(irq)
 
     def deactivate(self, irq: VgicIrq, *, ended: bool = True) -> None:
         """Clear the active state: the guest ended it, or (``ended`` false) ICACTIVER was written."""
@@ -376,22 +423,20 @@ class Vgic:
                 irq.pending = False
         was_open = irq.open
         entry = irq.entry
-        seq = None
-        if entry is not None:
-            entry[3].leave(entry)
-            if irq.target is entry[3]:
-                seq = entry[1]
         irq.active = False
         if irq.open and not was_open:
             # The line is still high: from now on this is another interrupt.
             self.ledger.raised += 1
             self._note_pending(irq)
-        target = irq.target
-        if target is None or not irq.enabled or not irq.asserted:
+        if entry is None or entry is ADRIFT:
+            irq.entry = None
             return
-        # On a vCPU that stands still it stays queued even while nothing is forwarded, until that vCPU runs.
-        if target.forwarding or (seq is not None and not target.vcpu.running):
-            target.push(irq, seq)
+        where = entry[3]
+        where.nr_active -= 1
+        if self._belongs(irq, where):
+            where.push(irq, entry[1])
+        else:
+            self._dislodge(entry)
 
     # -- LPIs ------------------------------------------------------------------------------------------------
 
@@ -415,7 +460,7 @@ class Vgic:
     def remove_lpi(self, irq: VgicIrq) -> None:
         """No ITS maps ``irq`` any more. One queued or active at a vCPU stays there until it is done."""
         self._reap()
-        if irq.entry is not None:
+        if irq.entry is not None and irq.entry is not ADRIFT:
             self.unmapped[irq.intid] = irq
             return
         if irq.pending:
@@ -428,7 +473,7 @@ class Vgic:
         yield from self.lpis.values()
 
     def _reap(self) -> None:
-        for intid in [intid for intid, irq in self.unmapped.items() if irq.entry is None]:
+        for intid in [intid for intid, irq in self.unmapped.items() if irq.entry is None or irq.entry is ADRIFT]:
             irq = self.unmapped.pop(intid)
             if irq.pending:
                 self.clear_pending(irq, "unmapped")
@@ -447,12 +492,16 @@ class Vgic:
         self.settle(irq)
 
     def flush_lpis(self, cpu: VgicCpu) -> None:
-        """EnableLPIs was cleared: the LPIs queued at that vCPU are no longer pending, nor active."""
+        """EnableLPIs was cleared: the LPIs on the list of that vCPU are off it and no longer pending.
+
+        Those that are active stay so, which nobody sees before they are raised again.
+        """
         for irq in list(self.lpis.values()):
             entry = irq.entry
-            if entry is not None and entry[3] is cpu and irq.entry is not None:
+            if entry is not None and entry[3] is cpu:
                 cpu.leave(entry)
-                irq.active = False
+                if irq.active:
+                    irq.entry = ADRIFT
                 if irq.pending:
                     irq.pending = False
                     self.drop(irq, "LPIs disabled")
@@ -525,9 +574,12 @@ class Vgic:
             assert cpu.forwarding == self.forwarding
         for irq in self.interrupts():
             entry = irq.entry
-            if entry is None:
+            if entry is None or entry is ADRIFT:
+                assert irq.active == (entry is ADRIFT)
                 continue
+            where = entry[3]
             assert entry[2] is irq
-            assert irq.active or (irq.enabled and irq.asserted)
-            queued = any(other is entry for other in (*entry[3].queue, *entry[3].queue0))
-            assert queued != irq.active
+            queued = where.is_queued(entry)
+            parked = where.parked.get(entry[1]) is irq
+            assert queued + parked + irq.active == 1
+            assert irq.active or queued == self._belongs(irq, where)

@@ -20,6 +20,7 @@ from fabric.errors import KvmError
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic import Vgic
+    from fabric.devices.arm.vgic_v3_frames import RedistributorFrame, Region
     from fabric.devices.base import VcpuServices
 
 MIN_BPR0 = 7 - PRIORITY_BITS
@@ -39,7 +40,7 @@ PENDBASER_RESET = 0x580
 class VgicV3Cpu(VgicCpu):
     """CPU interface and redistributor of one vCPU."""
 
-    __slots__ = ("id_bits", "lpis_enabled", "pendbaser", "priority_bits", "region", "slot")
+    __slots__ = ("frame", "id_bits", "lpis_enabled", "pendbaser", "priority_bits", "region", "slot")
 
     def __init__(self, vgic: Vgic, vcpu: VcpuServices) -> None:
         self.lpis_enabled = False
@@ -49,9 +50,11 @@ class VgicV3Cpu(VgicCpu):
         self.priority_bits = PRIORITY_BITS
         """Priority bits that userspace sees in ICC_CTLR_EL1; writing it can only lower them."""
         self.id_bits = ID_BITS_24
-        self.region: object | None = None
+        self.region: Region | None = None
         """The redistributor region this vCPU's frame lies in, and its place there."""
         self.slot = 0
+        self.frame: RedistributorFrame | None = None
+        """The frame, while it answers."""
         super().__init__(vgic, vcpu)
 
     def read_sysreg(self, name: str) -> int:
@@ -63,20 +66,14 @@ class VgicV3Cpu(VgicCpu):
         ICC_WRITE[name](self, value)
 
     def load(self) -> None:
-        """KVM_RUN puts the interface on the hardware (:meth:`touch_hardware`) and runs the guest.
-
-        What was queued while the distributor does not forward is taken off (see :mod:`.vgic`).
-        """
-        self.places.clear()
-        if not self.forwarding:
-            self.purge()
+        """KVM_RUN puts the interface on the hardware (:meth:`touch_hardware`) and runs the guest."""
+        super().load()
         self.touch_hardware()
 
     def touch_hardware(self) -> None:
         """The registers go through the hardware, which raises the binary points to what it can do."""
-        self.bpr0 = self.effective_bpr0()
-        if not self.cbpr:
-            self.bpr1 = self.effective_bpr1()
+        self.bpr0 = max(self.bpr0, MIN_BPR0)
+        self.bpr1 = max(self.bpr1, MIN_BPR1)
 
     def effective_bpr0(self) -> int:
         """ICC_BPR0_EL1 as the hardware has it: not below what the priority bits allow."""
@@ -192,11 +189,13 @@ def send_sgi(cpu: VgicV3Cpu, value: int, *, any_group: bool) -> None:
 
     Bits 15:0 list Aff0 values of the cluster Aff3.Aff2.Aff1 (55:48, 39:32, 23:16), bit 40 (IRM) means all but the
     sender, bits 27:24 are the INTID. Without ``any_group`` an SGI configured as group 1 is not raised.
+
+    KVM takes the *id* of the sender for its index: with sparse ids IRM leaves another vCPU out, or none.
     """
     vgic = cpu.vgic
     intid = value >> 24 & 0xF
     if value >> 40 & 1:
-        targets = [other for other in vgic.cpus if other is not cpu]
+        targets = [other for other in vgic.cpus if other.index != cpu.vcpu.vcpu_id]
     else:
         cluster = (value >> 48 & 0xFF) << 32 | (value >> 32 & 0xFF) << 16 | (value >> 16 & 0xFF) << 8
         found = (vgic.cpu_by_mpidr(cluster | aff0) for aff0 in range(16) if value >> aff0 & 1)

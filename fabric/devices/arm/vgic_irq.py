@@ -7,11 +7,24 @@ rules of acknowledge, priority drop and deactivation that the CPU interfaces of 
 How a pending interrupt is found
 --------------------------------
 A vCPU has one heap per group of entries ``(priority, seq, irq, cpu)``; ``seq`` makes equal priorities first
-in, first out. An interrupt holds *its* entry in ``irq.entry`` from when it is queued until it is neither
-pending nor active any more, so one that becomes pending again while active keeps its place. Removing from the
-middle of a heap is lazy: ``irq.entry`` then names another entry or none, and the stale one is dropped when it
-reaches the top. The top of a heap is never stale, so "is something deliverable?" is one comparison,
-``queue[0][0] < threshold``, and everything else is O(log n) in the interrupts queued at this one vCPU.
+in, first out. Removing from the middle of a heap is lazy: ``irq.entry`` then names another entry or none,
+and the stale one is dropped when it reaches the top. The top of a heap is never stale, so "is something
+deliverable?" is one comparison, ``queue[0][0] < threshold``, and everything else is O(log n) in the interrupts
+queued at this one vCPU.
+
+Which interrupts are at a vCPU
+------------------------------
+KVM keeps a list of interrupts for each vCPU. One gets onto the list of its target at an event (raised, enabled,
+made active, ...), and off a list only when that vCPU leaves the guest and finds that there is nothing to do: it is
+neither active nor pending, disabled, not forwarded, or another's by now, whose list it then joins. So
+
+* ``irq.entry`` is its place on the list: while it is queued, active (so one raised again while active goes
+  before what was queued meanwhile), or *parked*: nothing to do, but the vCPU stands still and cannot see it;
+* a vCPU that runs leaves the guest all the time, so nothing is parked there;
+* an interrupt on one vCPU's list is not queued at another, whatever happens to it.
+
+With more on a list than there are list registers, entering the guest puts the list in order for good: the active
+ones, the pending ones by priority, the rest.
 
 Accounting
 ----------
@@ -24,7 +37,7 @@ Specification: GICv3 architecture (IHI 0069), chapters 4 (handling, prioritisati
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -74,7 +87,7 @@ class VgicIrq:
     target: VgicCpu | None
     """Where it goes to when it is raised next."""
     entry: Entry | None
-    """Its place at a vCPU, while it is queued or active there."""
+    """Its place on a vCPU's list; None or ADRIFT when it is on none."""
 
     def __init__(self, intid: int, target: VgicCpu | None, group: int = 1) -> None:
         self.intid = intid
@@ -92,8 +105,8 @@ class VgicIrq:
         return self.pending
 
     @property
-    def open(self) -> bool:
-        """Raised and not yet taken: counted as pending by the ledger."""
+    def open(self) -> int:
+        """Raised and not yet taken: counted as pending by the ledger. More than 1 only where senders are told apart."""
         return self.pending
 
     def __repr__(self) -> str:
@@ -105,6 +118,8 @@ class VgicIrq:
 
 
 _NOTHING_TAKEN = VgicIrq(-1, None)
+ADRIFT: Entry = (0, 0, _NOTHING_TAKEN, None)  # type: ignore[assignment]
+"""``entry`` of an interrupt that is active and on no vCPU's list: the next event puts it onto its target's."""
 
 
 class WiredIrq(VgicIrq):
@@ -132,7 +147,7 @@ class WiredIrq(VgicIrq):
         return self.pending or (self.line and not self.edge)
 
     @property
-    def open(self) -> bool:
+    def open(self) -> int:
         return self.pending if self.edge else (self.pending or self.line) and not self.active
 
 
@@ -154,7 +169,7 @@ class VgicCpu(_HotFields):
     """
 
     __slots__ = (
-        "bpr0", "bpr1", "cbpr", "eoi_split", "igrpen0", "index", "lpis", "mask0", "places", "private", "threshold0",
+        "bpr0", "bpr1", "cbpr", "eoi_split", "igrpen0", "index", "lpis", "mask0", "parked", "private", "threshold0",
         "vcpu", "vgic",
     )  # fmt: skip
 
@@ -174,8 +189,8 @@ class VgicCpu(_HotFields):
         self.queue0: list[Entry] = []
         """The same for group 0."""
         self.seq = 0
-        self.places: dict[int, int] = {}
-        """INTID to ``seq`` of those that left while the vCPU stood still: KVM keeps their place until it runs."""
+        self.parked: dict[int, VgicIrq] = {}
+        """Interrupts with nothing to do here that keep their place until the vCPU runs, by ``seq``."""
         self.taken = _NOTHING_TAKEN
         """The LPI taken last: most often the one that ends next."""
         self.nr_active = 0
@@ -342,10 +357,10 @@ class VgicCpu(_HotFields):
     # -- the rest of the CPU interface ----------------------------------------------------------------------
 
     def deactivate(self, intid: int) -> None:
-        """ICC_DIR: deactivate an interrupt that is active at this vCPU; ignored unless EOImode splits."""
-        if not self.eoi_split or FIRST_SPECIAL <= intid <= LAST_SPECIAL:
+        """ICC_DIR: deactivate an SGI, PPI or SPI that is active at this vCPU; ignored unless EOImode splits."""
+        if not self.eoi_split:
             return
-        irq = self.irq(intid)
+        irq = self.wired(intid)
         if irq is not None and irq.active:
             entry = irq.entry
             if entry is not None and entry[3] is self and self._holds(entry):
@@ -423,11 +438,7 @@ class VgicCpu(_HotFields):
         """Whether an active interrupt is in a list register; with more than there are, the earliest are."""
         if self.nr_active <= NR_LIST_REGISTERS:
             return True
-        earlier = 0
-        for irq in self.vgic.interrupts():
-            other = irq.entry
-            earlier += irq.active and other is not None and other[3] is self and other[1] < entry[1]
-        return earlier < NR_LIST_REGISTERS
+        return sum(_place(irq) < entry[1] for irq in self._active()) < NR_LIST_REGISTERS
 
     def _deliverable(self) -> int | None:
         """Group of the interrupt that an acknowledge would take, or None."""
@@ -450,39 +461,57 @@ class VgicCpu(_HotFields):
         self.refresh()
         return lowest.bit_length() - 1 << PRIORITY_SHIFT
 
-    # -- the queues -----------------------------------------------------------------------------------------
+    # -- the list -------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """KVM_RUN runs the guest: the list is put in order, and what has nothing to do here is off it."""
+        if self.nr_active + len(self.queue) + len(self.queue0) + len(self.parked) > NR_LIST_REGISTERS:
+            self._sort()
+        if not self.forwarding:
+            self.purge()
+        if self.parked:
+            parked = sorted(self.parked.items())
+            for seq, irq in parked:
+                self.leave((irq.priority, seq, irq, self))
+                self.vgic.settle(irq)
 
     def push(self, irq: VgicIrq, seq: int | None = None) -> None:
-        """Queue ``irq`` here, at the end of its priority or in the place ``seq`` it had."""
-        if seq is None:
-            seq = self._place(irq)
+        """Queue ``irq`` here, at the end of its priority or in the place ``seq`` it has."""
+        seq = self._take_place(seq)
         entry = irq.entry = (irq.priority, seq, irq, self)
         heappush(self.queue if irq.group else self.queue0, entry)
         self.update()
 
     def hold(self, irq: VgicIrq, seq: int | None = None) -> None:
         """Give an active interrupt its place here, off the queues."""
-        if seq is None:
-            seq = self._place(irq)
-        irq.entry = (irq.priority, seq, irq, self)
+        irq.entry = (irq.priority, self._take_place(seq), irq, self)
         self.nr_active += 1
         self.tidy()
 
+    def _take_place(self, seq: int | None) -> int:
+        """The place ``seq``, which may be that of one parked, or (None) the last one."""
+        if seq is None:
+            self.seq = seq = self.seq + 1
+        elif self.parked:
+            self.parked.pop(seq, None)
+        return seq
+
+    def park(self, entry: Entry) -> None:
+        """Take an interrupt off the queues and keep its place; the vCPU stands still."""
+        irq = entry[2]
+        irq.entry = (entry[0], entry[1], irq, self)
+        self.parked[entry[1]] = irq
+        self.tidy()
+
     def leave(self, entry: Entry) -> None:
-        """Take an interrupt out, from the queues or from what is active."""
+        """Take an interrupt off the list."""
         irq = entry[2]
         irq.entry = None
         if irq.active:
             self.nr_active -= 1
-        if not self.vcpu.running:
-            self.places[irq.intid] = entry[1]
+        elif self.parked:
+            self.parked.pop(entry[1], None)
         self.tidy()
-
-    def _place(self, irq: VgicIrq) -> int:
-        seq = self.places.pop(irq.intid, None) if self.places else None
-        if seq is None:
-            self.seq = seq = self.seq + 1
-        return seq
 
     def tidy(self) -> None:
         """Drop stale entries from the tops of the queues."""
@@ -490,6 +519,39 @@ class VgicCpu(_HotFields):
             while queue and queue[0][2].entry is not queue[0]:
                 heappop(queue)
         self.update()
+
+    def _sort(self) -> None:
+        """Put the list in order, if it is longer than there are list registers."""
+        queued = [entry[2] for queue in (self.queue, self.queue0) for entry in queue if entry[2].entry is entry]
+        listed = [*queued, *self.parked.values(), *self._active()]
+        if len(listed) <= NR_LIST_REGISTERS:
+            return
+        places = sorted(_place(irq) for irq in listed)
+        ordered = sorted(listed, key=lambda irq: (*_rank(irq), _place(irq)))
+        parked = set(self.parked.values())
+        self.queue.clear()
+        self.queue0.clear()
+        self.parked.clear()
+        for seq, irq in zip(places, ordered, strict=True):
+            entry = irq.entry = (irq.priority, seq, irq, self)
+            if irq in parked:
+                self.parked[seq] = irq
+            elif not irq.active:
+                heappush(self.queue if irq.group else self.queue0, entry)
+
+    def _active(self) -> list[VgicIrq]:
+        """The interrupts active here."""
+        found: list[VgicIrq] = []
+        if not self.nr_active:
+            return found
+        if self.taken.active and self.taken.entry is not None and self.taken.entry[3] is self:
+            found.append(self.taken)
+        for irq in self.vgic.interrupts():
+            if len(found) == self.nr_active:
+                break
+            if irq.active and irq.entry is not None and irq.entry[3] is self and irq is not self.taken:
+                found.append(irq)
+        return found
 
     def update(self) -> None:
         """As :meth:`refresh`; kick the vCPU when ``line`` becomes true."""
@@ -505,6 +567,26 @@ class VgicCpu(_HotFields):
                 if entry[2].entry is entry:
                     entry[2].entry = None
             queue.clear()
+
+    def adopt(self, irq: VgicIrq, seq: int) -> None:
+        """Give an interrupt of a restored state the place it had; :meth:`arrange` when all have theirs."""
+        irq.entry = entry = (irq.priority, seq, irq, self)
+        if irq.active:
+            self.nr_active += 1
+        elif irq.target is self and irq.enabled and irq.asserted:
+            (self.queue if irq.group else self.queue0).append(entry)
+        else:
+            self.parked[seq] = irq
+
+    def arrange(self) -> None:
+        """Order what was adopted."""
+        heapify(self.queue)
+        heapify(self.queue0)
+        self.update()
+
+    def is_queued(self, entry: Entry) -> bool:
+        """Whether that very entry is in a queue, for checks."""
+        return any(other is entry for other in (*self.queue, *self.queue0))
 
     def _derived(self) -> tuple[int, ...]:
         return (self.mask0, self.mask1, self.threshold0, self.threshold, self.mixed, self.line)
@@ -528,3 +610,22 @@ class VgicCpu(_HotFields):
                     assert irq.enabled
                     assert irq.asserted
                     assert not irq.active
+        assert len(self._active()) == self.nr_active
+        assert not (self.parked and self.vcpu.running)
+        for seq, irq in self.parked.items():
+            assert irq.entry is not None
+            assert irq.entry[1] == seq
+            assert irq.entry[3] is self
+            assert not irq.active
+
+
+def _place(irq: VgicIrq) -> int:
+    assert irq.entry is not None
+    return irq.entry[1]
+
+
+def _rank(irq: VgicIrq) -> tuple[int, int]:
+    """Where an interrupt stands in a list that is in order."""
+    if irq.active:
+        return 0, 0
+    return (1, irq.priority) if irq.enabled and irq.asserted else (2, 0)

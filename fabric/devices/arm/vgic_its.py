@@ -5,17 +5,7 @@ maps (device, event) to an LPI and, through a collection, to a vCPU. The guest f
 queue (:mod:`~fabric.devices.arm.vgic_its_commands`); save and restore go through tables in guest memory
 (:mod:`~fabric.devices.arm.vgic_its_tables`).
 
-The translation cache
----------------------
-KVM remembers translations that were used, and that is no mere speed-up, it shows: a cached MSI is delivered
-without KVM_MSI_VALID_DEVID and without asking whether the target has LPIs enabled. All are forgotten, for every
-ITS of the VM, by what unmaps or moves an event (MOVI, MOVALL, DISCARD, MAPD of a known device, MAPC with V=0),
-by disabling an ITS and by clearing EnableLPIs; MAPC to another vCPU, CLEAR and a repeated MAPTI keep them. Linux
-6.1 remembers the last 16 used for each vCPU; here, as in later kernels, there is no limit.
-
-A device has a flag for each event, valid while the device's epoch is the VM's, so that forgetting is counting up
-the epoch. A sender bound to one event (:class:`MsiSender`) has a way past all look-ups meanwhile: an MSI is then one
-comparison and the LPI made pending.
+What was translated lately is remembered (:mod:`~fabric.devices.arm.vgic_its_cache`), which shows.
 
 Specification: arm-vgic-its (device attributes, table format); GICv3 architecture (IHI 0069), chapter 5 and
 section 12.18 (GITS registers).
@@ -29,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fabric.devices.arm.vgic import INITIAL_PROPBASER
 from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
 from fabric.devices.arm.vgic_its_attrs import ITS_ATTRIBUTES
+from fabric.devices.arm.vgic_its_cache import Shortcut, TranslationCache
 from fabric.devices.arm.vgic_its_commands import run_queue
 from fabric.devices.arm.vgic_its_maps import Collection, ItsDevice
 from fabric.devices.arm.vgic_its_pages import Pages
@@ -43,10 +34,11 @@ from fabric.devices.arm.vgic_its_state import ItsState
 from fabric.devices.arm.vgic_its_tables import VALID
 from fabric.devices.arm.vgic_lpi import load_config, pending_bit
 from fabric.errors import KvmError
+from fabric.memory import MmioHandler
 from fabric.uapi.kvm import KVM_MSI_VALID_DEVID
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from fabric.devices.arm.vgic import Vgic
     from fabric.devices.arm.vgic_irq import VgicIrq
@@ -63,20 +55,15 @@ LPIS_DISABLED = "LPIs disabled"
 class ItsGroup:
     """What the ITSs of one VM have in common."""
 
-    __slots__ = ("doorbells", "epoch", "senders", "shares")
+    __slots__ = ("cache", "shares")
 
-    def __init__(self) -> None:
-        self.epoch = 0
-        """How often the translation cache was dropped."""
-        self.doorbells: dict[int, list[Its]] = {}
-        """Doorbell address to the ITSs placed there: MSIs go to the first, and the cache is common."""
+    def __init__(self, vm: VmServices) -> None:
+        self.cache = TranslationCache(vm)
         self.shares: dict[int, int] = {}
         """LPI to how many events map it besides the first; most LPIs have one event and are not in here."""
-        self.senders: list[MsiSender] = []
-        """Those that hold a cached translation outside."""
 
 
-class Its:
+class Its(MmioHandler):
     """One ITS. Several may be in a VM, each at its own address, sharing the LPIs.
 
     Attributes that others read: ``enabled``; ``base``, the guest address or None; ``cbaser``, ``creadr``,
@@ -87,7 +74,6 @@ class Its:
     attributes: ClassVar[AttrTable] = ITS_ATTRIBUTES
 
     __slots__ = (
-        "_pend",
         "_vgic",
         "abi",
         "base",
@@ -119,8 +105,7 @@ class Its:
         self.collections: dict[int, Collection] = {}
         self.refused: dict[str, int] = {}
         self._vgic: Vgic | None = None
-        self._pend: Callable[[VgicIrq], None]
-        self.group: ItsGroup = vm.its_list[0].group if vm.its_list else ItsGroup()
+        self.group: ItsGroup = vm.its_list[0].group if vm.its_list else ItsGroup(vm)
         vm.its_list.append(self)
         if vm.irqchip is not None:
             vm.irqchip.propbaser = INITIAL_PROPBASER
@@ -147,7 +132,6 @@ class Its:
             if vgic is None or not issubclass(vgic.cpu_class, VgicV3Cpu):
                 raise KvmError(errno.EINVAL, "LPIs need a GICv3, and the VM has none")
             self._vgic = vgic
-            self._pend = vgic.pend_edge
         return self._vgic
 
     # -- MSIs -----------------------------------------------------------------------------------------------
@@ -156,30 +140,12 @@ class Its:
         """Whether an address lies in the frame of this ITS."""
         return self.base is not None and self.base <= address < self.base + ITS_SIZE
 
-    def signal_msi(self, devid: int, eventid: int) -> int:
-        """An MSI at the doorbell: 1 when it was made pending, 0 when nothing maps it.
+    def signal(self, devid: int, eventid: int) -> int:
+        """An MSI that is not remembered: 1 when it was made pending, 0 when nothing maps it.
 
         Raises:
             KvmError: EBUSY while the ITS is disabled, or LPIs are at the target.
         """
-        irq = self.cached(devid, eventid)
-        if irq is None:
-            return self.signal_uncached(devid, eventid)
-        self._pend(irq)
-        return 1
-
-    def cached(self, devid: int, eventid: int) -> VgicIrq | None:
-        """The LPI of an event whose translation is cached, or None."""
-        device = self.devices.get(devid)
-        if device is None or device.epoch != self.group.epoch:
-            return None
-        try:
-            return device.irqs[eventid] if device.cached[eventid] else None
-        except LookupError:
-            return None
-
-    def signal_uncached(self, devid: int, eventid: int) -> int:
-        """As :meth:`signal_msi`, by the maps alone: what an address other than the doorbell gets."""
         lost = self.raise_event(devid, eventid)
         if lost is None:
             return 1
@@ -188,7 +154,7 @@ class Its:
         return 0
 
     def raise_event(self, devid: int, eventid: int) -> str | None:
-        """Translate an event, make its LPI pending and cache the translation; or say why it is lost."""
+        """Translate an event, remember that, and make its LPI pending; or say why it is lost."""
         lost: str
         device = self.devices.get(devid)
         if not self.enabled:
@@ -202,10 +168,8 @@ class Its:
         elif not self.vgic.cpus[collection.rdbase].lpis_enabled:
             lost = LPIS_DISABLED
         else:
-            siblings = self.group.doorbells.get((self.base or 0) + GITS_TRANSLATER, ())
-            if len(siblings) < 2 or not any(its.cached(devid, eventid) for its in siblings):
-                device.cache(eventid, self.group.epoch)
-            self._pend(irq)
+            self.group.cache.add(((self.base or 0) + GITS_TRANSLATER, devid, eventid), irq)
+            self.vgic.pend_edge(irq)
             return None
         # The guest sees no interrupt, so this is told to the ledger only.
         ledger = self.vm.ledger
@@ -275,6 +239,31 @@ class Its:
         elif others > 1:
             shares[irq.intid] = others - 1
 
+    def records(self) -> Iterator[ItsDevice]:
+        """Every device, those hidden behind another of their id included."""
+        for first in self.devices.values():
+            device: ItsDevice | None = first
+            while device is not None:
+                yield device
+                device = device.behind
+
+    def add_device(self, device: ItsDevice) -> None:
+        """Add a device. One whose id is taken is hidden: it has its events, and is not found by its id."""
+        other = self.devices.setdefault(device.devid, device)
+        if other is not device:
+            while other.behind is not None:
+                other = other.behind
+            other.behind = device
+
+    def drop_device(self, devid: int) -> None:
+        """Unmap the device that is found by its id, if there is one; the next of that id comes to light."""
+        device = self.devices.pop(devid, None)
+        if device is None:
+            return
+        if device.behind is not None:
+            self.devices[devid] = device.behind
+        self.release_device(device)
+
     def release_device(self, device: ItsDevice) -> None:
         """The device is gone from the maps: so are its events."""
         for _, irq, _ in device.events():
@@ -283,19 +272,20 @@ class Its:
 
     def forget_devices(self) -> None:
         """Unmap all devices with their events."""
-        devices, self.devices = self.devices, {}
-        for device in devices.values():
+        devices = list(self.records())
+        self.devices = {}
+        for device in devices:
             self.release_device(device)
 
     def forget_collections(self) -> None:
-        """Unmap all collections; events stay mapped and go nowhere."""
+        """Unmap all collections; events stay mapped and go nowhere. Cached translations stay as well."""
         collections, self.collections = self.collections, {}
         for collection in collections.values():
             self.detach(collection)
 
     def detach(self, collection: Collection) -> None:
         """Events of a collection that is gone lose it for good."""
-        for device in self.devices.values():
+        for device in self.records():
             device.detach(collection)
 
     def retarget(self, collection: Collection) -> None:
@@ -303,18 +293,14 @@ class Its:
         if not self.devices or self.vm.irqchip is None:
             return
         target, vgic = self.target(collection), self.vgic
-        for device in self.devices.values():
+        for device in self.records():
             for _, irq, where in device.events():
                 if where is collection:
                     vgic.retarget(irq, target)
 
     def invalidate_cache(self) -> None:
         """Forget the cached translations, those of every ITS of the VM."""
-        group = self.group
-        group.epoch += 1
-        senders, group.senders = group.senders, []
-        for sender in senders:
-            sender.forget()
+        self.group.cache.forget()
 
     # -- commands and registers -----------------------------------------------------------------------------
 
@@ -362,7 +348,6 @@ class Its:
         """
         self.base = base
         self.vm.mmio.add(base, ITS_SIZE, self, shadow=True)
-        self.group.doorbells.setdefault(base + GITS_TRANSLATER, []).append(self)
 
     def mmio_read(self, offset: int, size: int, vcpu: Any) -> int:
         """A guest's read from the frame."""
@@ -395,9 +380,10 @@ class Its:
         assert max(self.creadr, self.cwriter) < self.queue_size
         seen: dict[int, int] = {}
         for its in self.vm.its_list:
-            for devid, device in its.devices.items():
-                assert devid == device.devid
+            assert all(devid == device.devid for devid, device in its.devices.items())
+            for device in its.records():
                 device._check()
+                assert device.behind is None or device.behind.devid == device.devid
                 for _, irq, collection in device.events():
                     assert its.vgic.lpi(irq.intid) is irq
                     assert collection is None or its.collections[collection.icid] is collection
@@ -406,10 +392,7 @@ class Its:
         for icid, collection in self.collections.items():
             assert icid == collection.icid
             assert collection.rdbase is None or collection.rdbase < len(self.vm.vcpus)
-        for device in self.devices.values():
-            for eventid in device.cached_events(self.group.epoch):
-                assert self.enabled
-                assert device.event(eventid) is not None
+        self.group.cache._check()
 
 
 # -- the ways in ------------------------------------------------------------------------------------------------
@@ -436,7 +419,8 @@ def signal_message(vm: VmServices, address: int, data: int, flags: int, devid: i
         raise KvmError(errno.EINVAL, f"flags must be 0 or {KVM_MSI_VALID_DEVID}, not {flags:#x}")
     if not vm.its_list:
         raise _lost(vm, errno.ENODEV, "no ITS")
-    if (irq := _cached(vm, address, data, devid)) is not None:
+    irq = vm.its_list[0].group.cache.find((address, devid, data))
+    if irq is not None:
         vm.irqchip.pend_edge(irq)
         return 1
     if not flags & KVM_MSI_VALID_DEVID:
@@ -444,17 +428,7 @@ def signal_message(vm: VmServices, address: int, data: int, flags: int, devid: i
     place = vm.mmio.find(address)
     if place is None or not isinstance(place[0], Its):
         raise _lost(vm, errno.EINVAL, "no ITS at the MSI address")
-    return place[0].signal_uncached(devid, data)
-
-
-def _cached(vm: VmServices, address: int, data: int, devid: int) -> VgicIrq | None:
-    """The cache goes by the doorbell's own address, and does not look at flags."""
-    its: Its
-    for its in vm.its_list[0].group.doorbells.get(address, ()):
-        irq = its.cached(devid, data)
-        if irq is not None:
-            return irq
-    return None
+    return place[0].signal(devid, data)
 
 
 def _lost(vm: VmServices, code: int, reason: str) -> KvmError:
@@ -471,27 +445,20 @@ class MsiSender:
     and None twice when it is not any more.
     """
 
-    __slots__ = ("_msi", "_vm", "shortcut")
+    __slots__ = ("_message", "_vm", "shortcut")
 
     def __init__(self, vm: VmServices, msi: KvmMsi) -> None:
         self._vm = vm
-        self._msi = msi
-        self.shortcut: Callable[[Callable[[VgicIrq], None] | None, VgicIrq | None], object] | None = None
+        self._message = (msi.address_hi << 32 | msi.address_lo, msi.data, msi.flags, msi.devid)
+        self.shortcut: Shortcut | None = None
 
     def __call__(self) -> int:
-        vm, msi = self._vm, self._msi
+        vm = self._vm
         try:
-            result = signal_msi(vm, msi)
+            result = signal_message(vm, *self._message)
         except KvmError as error:
             return -(error.errno or errno.EINVAL)
-        if self.shortcut is not None:
-            irq = _cached(vm, msi.address_hi << 32 | msi.address_lo, msi.data, msi.devid)
-            if irq is not None:
-                vm.its_list[0].group.senders.append(self)
-                self.shortcut(vm.irqchip.pend, irq)
+        if result and self.shortcut is not None:
+            address, data, _, devid = self._message
+            vm.its_list[0].group.cache.lend((address, devid, data), self.shortcut, vm.irqchip.pend)
         return result
-
-    def forget(self) -> None:
-        """The translation is not cached any more."""
-        if self.shortcut is not None:
-            self.shortcut(None, None)

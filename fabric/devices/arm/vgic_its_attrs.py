@@ -26,6 +26,7 @@ from fabric.uapi.arm64 import (
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_its import Its
     from fabric.devices.attributes import Pointer
+    from fabric.devices.registers import Row
 
 ALIGNMENT = 1 << 16
 UNSET_ADDRESS = (1 << 64) - 1
@@ -92,42 +93,47 @@ def _no_such(_its: Its, attr: int) -> None:
 
 
 def _offset(attr: int) -> int:
-    """The register offset of an attribute number, of which the kernel takes 32 bits."""
-    offset = attr & 0xFFFF_FFFF
+    """The register offset of an attribute number: the kernel checks 64 bits of it, and finds by 32."""
     # The 32-bit registers are at the two ends: GITS_CTLR and GITS_IIDR, and the identification registers.
-    alignment = 4 if offset < 8 or offset >= FIRST_ID_REGISTER else 8
-    if offset % alignment:
-        raise KvmError(errno.EINVAL, f"offset {offset:#x} is not {alignment}-byte aligned")
-    return offset
+    alignment = 4 if attr < 8 or attr >= FIRST_ID_REGISTER else 8
+    if attr % alignment:
+        raise KvmError(errno.EINVAL, f"offset {attr:#x} is not {alignment}-byte aligned")
+    return attr & 0xFFFF_FFFF
 
 
-def _register(its: Its, attr: int) -> tuple[int, int]:
-    """Offset and length of the register of an attribute number, checked in the kernel's order."""
+def _register(offset: int) -> Row:
+    row = GITS.find(offset)
+    if row is None:
+        raise KvmError(errno.ENXIO, f"there is no ITS register at {offset:#x}")
+    return row
+
+
+def _access(its: Its, attr: int) -> tuple[Row, int]:
+    """The register of an attribute number and the byte in it, checked in the kernel's order."""
     offset = _offset(attr)
     with its.vm.lock_vcpus():
         if its.base is None:
             raise KvmError(errno.ENXIO, "the ITS has no address yet")
-    row = GITS.find(offset)
-    if row is None:
-        raise KvmError(errno.ENXIO, f"there is no ITS register at {offset:#x}")
-    return offset, row.length
+    row = _register(offset)
+    return row, offset - row.offset
 
 
 def _set_register(its: Its, attr: int, ptr: Pointer) -> None:
     value = ptr.u64()
-    offset, length = _register(its, attr)
-    GITS.user_write(its, offset, value & (1 << 8 * length) - 1, length)
+    row, start = _access(its, attr)
+    if start:
+        # The upper half of a register, which only numbers of more than 32 bits get at: the value is added to it.
+        value = GITS.user_read(its, row.offset, row.length) | value << 8 * start
+    GITS.user_write(its, row.offset, value & (1 << 8 * row.length) - 1, row.length)
 
 
 def _get_register(its: Its, attr: int, ptr: Pointer) -> None:
-    offset, length = _register(its, attr)
-    ptr.put_u64(GITS.user_read(its, offset, length))
+    row, start = _access(its, attr)
+    ptr.put_u64(GITS.user_read(its, row.offset, row.length) >> 8 * start)
 
 
 def _has_register(_its: Its, attr: int) -> None:
-    offset = _offset(attr)
-    if GITS.find(offset) is None:
-        raise KvmError(errno.ENXIO, f"there is no ITS register at {offset:#x}")
+    _register(_offset(attr))
 
 
 ITS_ATTRIBUTES = AttrTable(

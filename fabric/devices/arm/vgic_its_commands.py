@@ -120,11 +120,9 @@ def mapd(its: Its, devid: int, size: int, itt: int, valid: int) -> None:
     bits = size + 1
     if valid and bits > its.event_id_bits:
         raise CommandError("Size must be within GITS_TYPER.ID_bits")
-    device = its.devices.pop(devid, None)
-    if device is not None:
-        its.release_device(device)
+    its.drop_device(devid)
     if valid:
-        its.devices[devid] = ItsDevice(devid, bits, itt << 8)
+        its.add_device(ItsDevice(devid, bits, itt << 8))
     else:
         its.pages.write_u64(address, 0)
 
@@ -306,6 +304,8 @@ def run_queue(its: Its) -> None:
             its.refuse(str(error))
         except KvmError:
             its.refuse("guest memory must be there")
+        except MemoryError:
+            its.refuse("the host must have memory left")
         its.creadr += COMMAND_SIZE
         if its.creadr >= size:
             its.creadr = 0

@@ -1,9 +1,9 @@
 """What an ITS maps: devices, their events, and the collections that say which vCPU an event goes to.
 
-An event is no object of its own. A device keeps its events in parallel columns, the LPI, the collection, and
-whether the translation is cached, because there may be millions: seventeen bytes an event where an object would
-take seventy. The columns are sequences by event id as long as at least about a quarter of the ids up to the
-highest are in use, and dicts for a guest that scatters its ids; lookup is the same subscript either way.
+An event is no object of its own. A device keeps its events in two columns, the LPI and the collection, because
+there may be millions: sixteen bytes an event where an object would take seventy. The columns are sequences by event
+id as long as at least about a quarter of the ids up to the highest are in use, and dicts for a guest that scatters
+its ids; lookup is the same subscript either way.
 """
 
 from __future__ import annotations
@@ -48,15 +48,14 @@ class ItsDevice:
         count: how many events are mapped.
         irqs: event id to LPI; subscripting an id that is not there gives None or raises LookupError.
         collections: event id to collection.
-        cached: event id to 1 where the translation is cached, and shorter than the others; it holds while
-            ``epoch`` is that of the ITS.
+        behind: another device of the same id. RESTORE_TABLES does not look whether an id is taken; the later one is
+            hidden until the earlier one goes.
     """
 
-    __slots__ = ("bits", "cached", "collections", "count", "devid", "epoch", "irqs", "itt")
+    __slots__ = ("behind", "bits", "collections", "count", "devid", "irqs", "itt")
 
     irqs: list[VgicIrq | None] | dict[int, VgicIrq | None]
     collections: list[Collection | None] | dict[int, Collection | None]
-    cached: bytearray | dict[int, int]
 
     def __init__(self, devid: int, bits: int, itt: int) -> None:
         self.devid = devid
@@ -65,8 +64,7 @@ class ItsDevice:
         self.count = 0
         self.irqs = []
         self.collections = []
-        self.cached = bytearray()
-        self.epoch = -1
+        self.behind: ItsDevice | None = None
 
     def event(self, eventid: int) -> VgicIrq | None:
         """The LPI of an event, or None."""
@@ -120,23 +118,14 @@ class ItsDevice:
             if irq is not None:
                 yield eventid, irq, collections[eventid]
 
-    def cache(self, eventid: int, epoch: int) -> None:
-        """Remember that the translation of an event was used."""
-        if self.epoch != epoch:
-            self.epoch = epoch
-            self.cached = {} if isinstance(self.irqs, dict) else bytearray(eventid + 1)
-        cached = self.cached
-        if not isinstance(cached, dict) and eventid >= len(cached):
-            cached += bytes(len(self.irqs) - len(cached))
-        cached[eventid] = 1
-
-    def cached_events(self, epoch: int) -> list[int]:
-        """The events whose translation is cached, by ascending id."""
-        if self.epoch != epoch:
-            return []
-        if isinstance(self.cached, dict):
-            return sorted(self.cached)
-        return [eventid for eventid, cached in enumerate(self.cached) if cached]
+    def reversed(self) -> ItsDevice:
+        """Turn the order of this device and those behind it around; the one that is first now."""
+        first: ItsDevice | None = None
+        device: ItsDevice | None = self
+        while device is not None:
+            device.behind, first, device = first, device, device.behind
+        assert first is not None
+        return first
 
     def detach(self, collection: Collection) -> None:
         """The collection is gone: its events stay mapped and go nowhere."""
@@ -150,7 +139,6 @@ class ItsDevice:
         events = list(self.events())
         self.irqs = {eventid: irq for eventid, irq, _ in events}
         self.collections = {eventid: collection for eventid, _, collection in events}
-        self.cached = dict.fromkeys(self.cached_events(self.epoch), 1)
 
     def _gather(self, size: int) -> None:
         """From dicts to lists, if the ids below ``size`` have become dense."""
@@ -162,13 +150,11 @@ class ItsDevice:
         for eventid, irq, collection in events:
             self.irqs[eventid] = irq
             self.collections[eventid] = collection
-        self.cached = bytearray(eventid in self.cached for eventid in range(size))
 
     def _check(self) -> None:
         """Assert the invariants."""
         assert type(self.irqs) is type(self.collections)
-        assert len(self.irqs) == len(self.collections) >= len(self.cached)
-        assert isinstance(self.irqs, dict) == isinstance(self.cached, dict) or self.epoch < 0
+        assert len(self.irqs) == len(self.collections)
         assert self.count == sum(1 for _ in self.events())
         assert all(eventid < 1 << self.bits for eventid, _, _ in self.events())
         if isinstance(self.irqs, list):

@@ -20,6 +20,7 @@ Specification: arm-vgic-its, "ITS Table ABI REV0"; GICv3 architecture (IHI 0069)
 from __future__ import annotations
 
 import errno
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from fabric.devices.arm.vgic_irq import MIN_LPI
@@ -109,17 +110,22 @@ def save(its: Its) -> None:
 
 def _save_devices(its: Its) -> None:
     write_u64 = its.vm.memory.write_u64
-    devids = sorted(its.devices)
-    for n, devid in enumerate(devids):
+    # KVM sorts its list by id, with a comparison that turns devices of one id around: the last becomes the one that
+    # is found. All of them are written to the one entry, so the one that was found before is what stays there.
+    for devid, device in its.devices.items():
+        if device.behind is not None:
+            its.devices[devid] = device.reversed()
+    devices = sorted(its.records(), key=lambda device: device.devid)
+    for device, following in zip_longest(devices, devices[1:]):
+        devid = device.devid
         address = device_entry(its, devid)
         if address is None:
             raise KvmError(errno.EINVAL, f"the device table has no entry for device {devid:#x}")
-        device = its.devices[devid]
         _save_events(its, device)
-        following = devids[n + 1] - devid if n + 1 < len(devids) else 0
+        distance = 0 if following is None else following.devid - devid
         write_u64(
             address,
-            VALID | min(following, DTE_MAX_NEXT) << 49 | (device.itt & ITT_ADDRESS) >> 8 << 5 | (device.bits - 1),
+            VALID | min(distance, DTE_MAX_NEXT) << 49 | (device.itt & ITT_ADDRESS) >> 8 << 5 | (device.bits - 1),
         )
 
 
@@ -143,12 +149,13 @@ def _save_events(its: Its, device: ItsDevice) -> None:
 def _save_collections(its: Its) -> None:
     memory = its.vm.memory
     address = table_address(its.baser[1])
-    end = address + table_size(its.baser[1])
+    full = address + table_size(its.baser[1])
     for collection in its.collections.values():
         rdbase = NO_RDBASE if collection.rdbase is None else collection.rdbase
         memory.write_u64(address, VALID | rdbase << 16 | collection.icid)
         address += ENTRY_SIZE
-    if address < end:
+    # More than fit (the guest has shrunk the table since) are written all the same, end mark included.
+    if address != full:
         memory.write_u64(address, 0)
 
 
@@ -169,13 +176,13 @@ def restore(its: Its) -> None:
     if its.baser[1] & VALID:
         try:
             _restore_collections(its)
-        except KvmError:
+        except (KvmError, MemoryError):
             its.forget_collections()
             raise
     if its.baser[0] & VALID:
         try:
             _restore_devices(its)
-        except KvmError:
+        except (KvmError, MemoryError):
             its.forget_devices()
             its.forget_collections()
             raise
@@ -244,14 +251,10 @@ def _restore_device(its: Its, devid: int, entry: int) -> None:
 
     try:
         _walk(its.pages, device.itt, 1 << bits, event)
-    except KvmError:
+    except (KvmError, MemoryError):
         its.release_device(device)
         raise
-    if devid in its.devices:
-        # The kernel would keep both records and find the older one.
-        its.release_device(device)
-    else:
-        its.devices[devid] = device
+    its.add_device(device)
 
 
 def _walk(pages: Pages, base: int, count: int, visit: Callable[[int, int], int], first: int = 0) -> bool:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fabric.devices.arm import vgic_lpi
 from fabric.devices.arm.vgic import Vgic
+from fabric.devices.arm.vgic_attrs import init_attr, nr_irqs_group
 from fabric.devices.arm.vgic_cpuif import USER_SYSREGS, UserSysreg, VgicV3Cpu
+from fabric.devices.arm.vgic_frames import UNDEFINED
 from fabric.devices.arm.vgic_irq import NR_PRIVATE_IRQS, NR_SGIS, VgicIrq
-from fabric.devices.arm.vgic_v3_frames import UNDEFINED, Frames
+from fabric.devices.arm.vgic_v3_frames import Frames
 from fabric.devices.arm.vgic_v3_regs import GICD, GICR
 from fabric.devices.arm.vgic_v3_state import VgicV3State, restore, save
 from fabric.devices.attributes import Attr, AttrTable, Group, Pointer
@@ -23,14 +25,11 @@ from fabric.uapi import arm64 as uapi
 if TYPE_CHECKING:
     from fabric.devices.base import VcpuServices, VmServices
 
-MIN_NR_IRQS = 64
-MAX_NR_IRQS = 992
-"""The documents say 1024, and the kernel refuses it."""
-
 
 class VgicV3(Vgic):
     """The GICv3 of a VM. ``revision`` is GICD_IIDR's, 3 or (set by userspace for an older guest) 2."""
 
+    model = "GICv3"
     max_vcpus = uapi.VGIC_V3_MAX_CPUS
     cpu_class = VgicV3Cpu
     initial_group = 1
@@ -47,26 +46,6 @@ class VgicV3(Vgic):
     def supported(cls, options: dict[str, Any]) -> bool:
         """Whether the host can offer it."""
         return bool(options.get("host_gic", 3) == 3)
-
-    @classmethod
-    def create(cls, vm: VmServices) -> Self:
-        """KVM_CREATE_DEVICE.
-
-        Raises:
-            KvmError: EBUSY while a vCPU runs or when one has run, EEXIST when the VM has a GIC, E2BIG with more
-                vCPUs than the model takes.
-        """
-        with vm.lock_vcpus():
-            if vm.irqchip is not None:
-                raise KvmError(errno.EEXIST, "the VM has an in-kernel GIC already")
-            if any(vcpu.has_run for vcpu in vm.vcpus):
-                raise KvmError(errno.EBUSY, "a GIC must be created before any vCPU has run")
-            if len(vm.vcpus) > cls.max_vcpus:
-                raise KvmError(errno.E2BIG, f"a GICv3 takes {cls.max_vcpus} vCPUs, not {len(vm.vcpus)}")
-            return cls(vm)
-
-    def destroy(self) -> None:
-        """The device fd was closed; the GIC lives as long as the VM."""
 
     def state(self) -> VgicV3State:
         """Everything that decides what a guest sees, as a record."""
@@ -85,9 +64,11 @@ class VgicV3(Vgic):
     # -- vCPUs -----------------------------------------------------------------------------------------------
 
     def check_create_vcpu(self, vcpu_id: int) -> None:
-        """As the base class; also EINVAL when its redistributor would be placed wrongly."""
+        """As the base class; also EINVAL when its redistributor would be placed wrongly, ENOSPC when nowhere."""
         super().check_create_vcpu(vcpu_id)
         self.frames.check_placement()
+        if any(vcpu.vcpu_id == vcpu_id for vcpu in self.vm.vcpus):
+            self.frames.use_up_place()
 
     def vcpu_created(self, vcpu: VcpuServices) -> None:
         super().vcpu_created(vcpu)
@@ -157,25 +138,6 @@ def _set_unknown_address(_vgic: VgicV3, attr: int, ptr: Pointer) -> None:
 
 def _no_address(_vgic: VgicV3, attr: int) -> None:
     raise KvmError(errno.ENXIO, f"a GICv3 has no address of type {attr}")
-
-
-def _set_nr_irqs(vgic: VgicV3, _attr: int, ptr: Pointer) -> None:
-    count = ptr.u32()
-    if not MIN_NR_IRQS <= count <= MAX_NR_IRQS or count % 32:
-        raise KvmError(
-            errno.EINVAL, f"NR_IRQS must be a multiple of 32 from {MIN_NR_IRQS} to {MAX_NR_IRQS}, not {count}"
-        )
-    if vgic.nr_irqs > NR_PRIVATE_IRQS:
-        raise KvmError(errno.EBUSY, f"NR_IRQS is {vgic.nr_irqs} and can no longer be set")
-    vgic.nr_irqs = count
-
-
-def _get_nr_irqs(vgic: VgicV3, _attr: int, ptr: Pointer) -> None:
-    ptr.put_u32(vgic.nr_irqs)
-
-
-def _initialize(vgic: VgicV3, _attr: int, _ptr: Pointer) -> None:
-    vgic.initialize()
 
 
 def _save_pending_tables(vgic: VgicV3, _attr: int, _ptr: Pointer) -> None:
@@ -385,30 +347,12 @@ VgicV3.attributes = AttrTable(
                 ),
             ),
         ),
-        Group(
-            uapi.KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
-            "KVM_DEV_ARM_VGIC_GRP_NR_IRQS",
-            (
-                Attr(
-                    "vgic-v3.nr-irqs",
-                    "(any number)",
-                    type="u32",
-                    set=_set_nr_irqs,
-                    get=_get_nr_irqs,
-                    errors=(_EFAULT, _EINVAL, _EBUSY),
-                ),
-            ),
-        ),
+        nr_irqs_group("vgic-v3"),
         Group(
             uapi.KVM_DEV_ARM_VGIC_GRP_CTRL,
             "KVM_DEV_ARM_VGIC_GRP_CTRL",
             (
-                Attr(
-                    "vgic-v3.ctrl.init",
-                    "KVM_DEV_ARM_VGIC_CTRL_INIT",
-                    number=uapi.KVM_DEV_ARM_VGIC_CTRL_INIT,
-                    set=_initialize,
-                ),
+                init_attr("vgic-v3"),
                 Attr(
                     "vgic-v3.ctrl.save-pending-tables",
                     "KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES",

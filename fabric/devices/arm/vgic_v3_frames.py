@@ -4,7 +4,9 @@ Specification: arm-vgic-v3, group KVM_DEV_ARM_VGIC_GRP_ADDR.
 
 What Linux 6.1 does beyond the text, and is kept: an overlap of the distributor with a redistributor region is found
 when a redistributor is about to be placed, or else by the first KVM_RUN; a legacy region grows with the vCPUs,
-and is measured by those there are at the moment of a check; a region with index 1 after a legacy one is accepted.
+and is measured by those there are at the moment of a check; a region with index 1 after a legacy one is accepted;
+a region that is refused because of the vCPUs that were to be placed in it takes the frames of the vCPUs before them
+off the bus; KVM_CREATE_VCPU with an id that is in use finds out too late, and the place taken for it stays taken.
 """
 
 from __future__ import annotations
@@ -14,18 +16,17 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from fabric.devices.arm.vgic_frames import TOP, UNDEFINED, check_range, overlap
 from fabric.devices.arm.vgic_v3_regs import GICD, GICD_SIZE, GICR, GICR_SIZE
 from fabric.errors import KvmError
+from fabric.memory import MmioHandler
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
     from fabric.devices.arm.vgic_v3 import VgicV3
     from fabric.devices.base import VcpuServices
 
-UNDEFINED = 0xFFFF_FFFF_FFFF_FFFF
-"""Address of a frame that is not placed."""
 ALIGNMENT = 0x1_0000
-TOP = 1 << 64
 REGION_COUNT_SHIFT = 52
 REGION_BASE_MASK = 0x000F_FFFF_FFFF_0000
 REGION_FLAGS_MASK = 0xF000
@@ -33,7 +34,7 @@ REGION_INDEX_MASK = 0xFF
 """The field is 12 bits wide; the kernel keeps the lower eight."""
 
 
-class DistributorFrame:
+class DistributorFrame(MmioHandler):
     """The distributor on the VM's MMIO space."""
 
     def __init__(self, vgic: VgicV3) -> None:
@@ -46,7 +47,7 @@ class DistributorFrame:
         GICD.write(self.vgic, offset, size, value)
 
 
-class RedistributorFrame:
+class RedistributorFrame(MmioHandler):
     """A vCPU's redistributor on the VM's MMIO space; any vCPU may access it."""
 
     def __init__(self, cpu: VgicV3Cpu) -> None:
@@ -95,7 +96,7 @@ class Frames:
         """KVM_VGIC_V3_ADDR_TYPE_DIST."""
         if self.distributor != UNDEFINED:
             raise KvmError(errno.EEXIST, f"the distributor is at {self.distributor:#x} already")
-        self._check_range("distributor", base, GICD_SIZE)
+        check_range(self.vgic.vm, "distributor", base, GICD_SIZE, ALIGNMENT)
         self.distributor = base
 
     def add_legacy_region(self, base: int) -> None:
@@ -107,7 +108,7 @@ class Frames:
             if self.regions[-1].count:
                 raise KvmError(errno.EINVAL, "REDIST cannot be combined with REDIST_REGION, which was set before")
             raise KvmError(errno.EEXIST, f"the redistributors are at {self.regions[-1].base:#x} already")
-        if self.distributor != UNDEFINED and _overlap(base, size, self.distributor, GICD_SIZE):
+        if self.distributor != UNDEFINED and overlap(base, size, self.distributor, GICD_SIZE):
             raise KvmError(errno.EINVAL, f"redistributors from {base:#x} overlap the distributor")
         self._add(Region(0, base, 0), size)
 
@@ -127,7 +128,7 @@ class Frames:
         if index != expected:
             raise KvmError(errno.EINVAL, f"the next redistributor region has index {expected}, not {index}")
         for region in self.regions:
-            if _overlap(base, size, region.base, self._size(region)):
+            if overlap(base, size, region.base, self._size(region)):
                 raise KvmError(errno.EINVAL, f"region {index} at {base:#x} overlaps region {region.index}")
         self._add(Region(index, base, count), size)
 
@@ -139,45 +140,55 @@ class Frames:
         raise KvmError(errno.ENOENT, f"there is no redistributor region {index & REGION_INDEX_MASK}")
 
     def _add(self, region: Region, size: int) -> None:
-        self._check_range("redistributor region", region.base, size)
+        check_range(self.vgic.vm, "redistributor region", region.base, size, ALIGNMENT)
         self.regions.append(region)
-        try:
-            for cpu in self.vgic.cpus:
-                if cpu.region is None:
-                    self.check_placement()
-                    self.place(cpu)
-        except KvmError:
-            self.regions.pop()
-            raise
-
-    def restore_regions(self, regions: tuple[tuple[int, int, int], ...]) -> None:
-        """Have these regions, (index, base, count) each, with the vCPUs placed in them."""
-        for index, base, count in regions:
-            self.regions.append(Region(index, base, count))
         for cpu in self.vgic.cpus:
+            if cpu.region is not None:
+                continue
+            try:
+                self.check_placement()
+            except KvmError:
+                for before in self.vgic.cpus[: cpu.index]:
+                    self._unmap_redistributor(before)
+                self.regions.remove(region)
+                raise
             self.place(cpu)
 
     # -- placing ---------------------------------------------------------------------------------------------
 
+    def _free_region(self) -> Region | None:
+        """The region with the next free place."""
+        return next((region for region in self.regions if not region.full), None)
+
     def check_placement(self) -> None:
-        """Whether another redistributor may be placed, if there is room for one. KvmError(EINVAL)."""
-        if any(not region.full for region in self.regions):
+        """Whether another redistributor may be placed, if there is a place for one.
+
+        Raises:
+            KvmError: EINVAL when the frames overlap or leave the address space, ENOSPC when the bus is full.
+        """
+        if self._free_region() is not None:
             self._check_layout()
+            self.vgic.vm.mmio.check_room()
 
     def place(self, cpu: VgicV3Cpu) -> None:
         """Give ``cpu`` the next free place, if there is one."""
-        region = next((region for region in self.regions if not region.full), None)
-        if region is None:
-            return
-        cpu.region = region
-        cpu.slot = region.used
-        region.used += 1
-        self._map(region.base + cpu.slot * GICR_SIZE, GICR_SIZE, RedistributorFrame(cpu))
+        region = self._free_region()
+        if region is not None:
+            cpu.region = region
+            cpu.slot = region.used
+            region.used += 1
+            self.map_redistributor(cpu)
+
+    def use_up_place(self) -> None:
+        """A vCPU that is not created after all has taken the next free place, if there is one."""
+        region = self._free_region()
+        if region is not None:
+            region.used += 1
 
     def is_last(self, cpu: VgicV3Cpu) -> bool:
         """GICR_TYPER.Last: nothing follows ``cpu`` in its run of redistributors."""
         region = cpu.region
-        if not isinstance(region, Region) or cpu.slot < region.used - 1:
+        if region is None or cpu.slot < region.used - 1:
             return False
         if region.count and cpu.slot == region.count - 1:
             end = region.base + region.count * GICR_SIZE
@@ -202,6 +213,18 @@ class Frames:
         self.mapped = True
         self._map(self.distributor, GICD_SIZE, DistributorFrame(self.vgic))
 
+    def map_redistributor(self, cpu: VgicV3Cpu) -> None:
+        """Have the redistributor of ``cpu`` answer in its place."""
+        assert cpu.region is not None
+        cpu.frame = RedistributorFrame(cpu)
+        self._map(cpu.region.base + cpu.slot * GICR_SIZE, GICR_SIZE, cpu.frame)
+
+    def _unmap_redistributor(self, cpu: VgicV3Cpu) -> None:
+        if cpu.frame is not None:
+            assert cpu.region is not None
+            self.vgic.vm.mmio.remove(cpu.region.base + cpu.slot * GICR_SIZE, cpu.frame)
+            cpu.frame = None
+
     def _map(self, base: int, size: int, frame: DistributorFrame | RedistributorFrame) -> None:
         # KVM's bus takes overlapping frames; the one registered first answers.
         self.vgic.vm.mmio.add(base, size, frame, shadow=True)
@@ -211,15 +234,6 @@ class Frames:
     def _size(self, region: Region) -> int:
         return (region.count or len(self.vgic.cpus)) * GICR_SIZE
 
-    def _check_range(self, what: str, base: int, size: int) -> None:
-        if base % ALIGNMENT:
-            raise KvmError(errno.EINVAL, f"{what} base {base:#x} is not 64 KiB aligned")
-        if base + size >= TOP:
-            raise KvmError(errno.EINVAL, f"{what} from {base:#x} wraps around the end of memory")
-        limit = 1 << self.vgic.vm.ipa_bits
-        if base >= limit or base + size > limit:
-            raise KvmError(errno.E2BIG, f"{what} at {base:#x} lies beyond the guest address space of {limit:#x}")
-
     def _check_layout(self) -> None:
         """The frames lie apart and within the address space. KvmError(EINVAL)."""
         limit = 1 << self.vgic.vm.ipa_bits
@@ -227,9 +241,5 @@ class Frames:
             size = self._size(region)
             if region.base + size > limit:
                 raise KvmError(errno.EINVAL, f"region {region.index} ends beyond {limit:#x}")
-            if self.distributor != UNDEFINED and _overlap(region.base, size, self.distributor, GICD_SIZE):
+            if self.distributor != UNDEFINED and overlap(region.base, size, self.distributor, GICD_SIZE):
                 raise KvmError(errno.EINVAL, f"region {region.index} overlaps the distributor")
-
-
-def _overlap(base: int, size: int, other: int, other_size: int) -> bool:
-    return base + size > other and base < other + other_size

@@ -12,8 +12,9 @@ Specification: GICv3 architecture (IHI 0069), sections 12.9 (GICD) and 12.11 (GI
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fabric.devices.arm import vgic_fields as fields
 from fabric.devices.arm import vgic_lpi
 from fabric.devices.arm.vgic_irq import NR_PRIVATE_IRQS
 from fabric.devices.registers import Access, IrqArray, Register, RegisterBlock, View
@@ -21,7 +22,7 @@ from fabric.errors import KvmError
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
-    from fabric.devices.arm.vgic_irq import VgicIrq, WiredIrq
+    from fabric.devices.arm.vgic_irq import WiredIrq
     from fabric.devices.arm.vgic_v3 import VgicV3
 
 RW, RO, WO, W1S, W1C = Access.RW, Access.RO, Access.WO, Access.W1S, Access.W1C
@@ -48,79 +49,8 @@ GICR_TYPER_LAST = 1 << 4
 AFFINITY_MASK = 0xFF_FFFF
 
 
-# -- fields of one interrupt, alike in both frames: owner is the VgicV3 or the VgicV3Cpu ---------------------
-
-
-def _group(_owner: Any, irq: VgicIrq) -> int:
-    return irq.group
-
-
-def _set_group(owner: Any, irq: VgicIrq, value: int) -> None:
-    owner.vgic.set_group(irq, value)
-
-
-def _enabled(_owner: Any, irq: VgicIrq) -> int:
-    return irq.enabled
-
-
-def _enable(owner: Any, irq: VgicIrq, _value: int) -> None:
-    owner.vgic.set_enabled(irq, True)
-
-
-def _disable(owner: Any, irq: VgicIrq, _value: int) -> None:
-    owner.vgic.set_enabled(irq, False)
-
-
-def _asserted(_owner: Any, irq: VgicIrq) -> int:
-    return irq.asserted
-
-
-def _pend(owner: Any, irq: VgicIrq, _value: int) -> None:
-    owner.vgic.set_pending(irq)
-
-
-def _unpend(owner: Any, irq: VgicIrq, _value: int) -> None:
-    owner.vgic.clear_pending(irq, "cleared by the guest")
-
-
-def _latch(_owner: Any, irq: VgicIrq) -> int:
-    return irq.pending
-
-
-def _set_latch(owner: Any, irq: VgicIrq, value: int) -> None:
-    owner.vgic.set_latch(irq, bool(value), "cleared by userspace")
-
-
-def _active(_owner: Any, irq: VgicIrq) -> int:
-    return irq.active
-
-
-def _activate(owner: Any, irq: VgicIrq, _value: int) -> None:
-    owner.vgic.activate(irq)
-
-
-def _deactivate(owner: Any, irq: VgicIrq, _value: int) -> None:
-    owner.vgic.deactivate(irq, ended=False)
-
-
-def _priority(_owner: Any, irq: VgicIrq) -> int:
-    return irq.priority
-
-
-def _set_priority(owner: Any, irq: VgicIrq, value: int) -> None:
-    owner.vgic.set_priority(irq, value)
-
-
-def _config(_owner: Any, irq: WiredIrq) -> int:
-    return irq.edge << 1
-
-
-def _set_config(owner: Any, irq: WiredIrq, value: int) -> None:
-    owner.vgic.set_edge(irq, bool(value & 2))
-
-
 # Save and restore need the latch itself, in both directions; ICPENDR has nothing to add to that.
-LATCH = View(access=RW, read=_latch, write=_set_latch)
+LATCH = View(access=RW, read=fields.latch, write=fields.set_latch)
 NOTHING = View(access=RAZ_WI)
 
 
@@ -133,10 +63,6 @@ def _ctlr(vgic: VgicV3) -> int:
 
 def _set_ctlr(vgic: VgicV3, value: int) -> None:
     vgic.set_forwarding(bool(value & CTLR_ENABLE_GRP1))
-
-
-def _user_set_ctlr(vgic: VgicV3, value: int) -> None:
-    vgic.set_forwarding(bool(value & CTLR_ENABLE_GRP1), running=False)
 
 
 def _typer(vgic: VgicV3) -> int:
@@ -181,27 +107,26 @@ GICD = RegisterBlock(
     "GICD",
     GICD_SIZE,
     (
-        Register(
-            0x0000, "GICD_CTLR", RW, read=_ctlr, write=_set_ctlr, id=_d("ctlr"),
-            user=View(access=RW, write=_user_set_ctlr),
-        ),
+        Register(0x0000, "GICD_CTLR", RW, read=_ctlr, write=_set_ctlr, id=_d("ctlr")),
         Register(0x0004, "GICD_TYPER", RO, read=_typer, id=_d("typer")),
         Register(0x0008, "GICD_IIDR", RO, read=_iidr, user=View(access=RW, write=_set_iidr), id=_d("iidr")),
         Register(0x000C, "GICD_TYPER2", RO, user=View(access=RW, write=_set_typer2), id=_d("typer2")),
         Register(0x0010, "GICD_STATUSR", RAO_WI, id=_d("statusr"), modelled=False),
-        IrqArray(0x0080, "GICD_IGROUPR", RW, 1, read=_group, write=_set_group, id=_d("igroupr")),
-        IrqArray(0x0100, "GICD_ISENABLER", W1S, 1, read=_enabled, write=_enable, id=_d("isenabler")),
-        IrqArray(0x0180, "GICD_ICENABLER", W1C, 1, read=_enabled, write=_disable, id=_d("icenabler")),
-        IrqArray(0x0200, "GICD_ISPENDR", W1S, 1, read=_asserted, write=_pend, user=LATCH, id=_d("ispendr")),
-        IrqArray(0x0280, "GICD_ICPENDR", W1C, 1, read=_asserted, write=_unpend, user=NOTHING, id=_d("icpendr")),
-        IrqArray(0x0300, "GICD_ISACTIVER", W1S, 1, read=_active, write=_activate, id=_d("isactiver")),
-        IrqArray(0x0380, "GICD_ICACTIVER", W1C, 1, read=_active, write=_deactivate, id=_d("icactiver")),
+        IrqArray(0x0080, "GICD_IGROUPR", RW, 1, read=fields.group, write=fields.set_group, id=_d("igroupr")),
+        IrqArray(0x0100, "GICD_ISENABLER", W1S, 1, read=fields.enabled, write=fields.enable, id=_d("isenabler")),
+        IrqArray(0x0180, "GICD_ICENABLER", W1C, 1, read=fields.enabled, write=fields.disable, id=_d("icenabler")),
+        IrqArray(0x0200, "GICD_ISPENDR", W1S, 1, read=fields.asserted, write=fields.pend, user=LATCH, id=_d("ispendr")),
         IrqArray(
-            0x0400, "GICD_IPRIORITYR", RW, 8, read=_priority, write=_set_priority, widths=(1, 4),
+            0x0280, "GICD_ICPENDR", W1C, 1, read=fields.asserted, write=fields.unpend, user=NOTHING, id=_d("icpendr")
+        ),
+        IrqArray(0x0300, "GICD_ISACTIVER", W1S, 1, read=fields.active, write=fields.activate, id=_d("isactiver")),
+        IrqArray(0x0380, "GICD_ICACTIVER", W1C, 1, read=fields.active, write=fields.deactivate, id=_d("icactiver")),
+        IrqArray(
+            0x0400, "GICD_IPRIORITYR", RW, 8, read=fields.priority, write=fields.set_priority, widths=(1, 4),
             id=_d("ipriorityr"),
         ),
         IrqArray(0x0800, "GICD_ITARGETSR", RAZ_WI, 8, widths=(1, 4), id=_d("itargetsr"), modelled=False),
-        IrqArray(0x0C00, "GICD_ICFGR", RW, 2, read=_config, write=_set_config, id=_d("icfgr")),
+        IrqArray(0x0C00, "GICD_ICFGR", RW, 2, read=fields.config, write=fields.set_config, id=_d("icfgr")),
         IrqArray(0x0D00, "GICD_IGRPMODR", RAZ_WI, 1, id=_d("igrpmodr"), modelled=False),
         IrqArray(
             0x6000, "GICD_IROUTER", RW, 64, read=_route, write=_set_route, widths=(4, 8), id=_d("irouter")
@@ -300,6 +225,7 @@ GICR = RegisterBlock(
         ),
         Register(
             0x0078, "GICR_PENDBASER", RW, read=_pendbaser, write=_set_pendbaser, length=8, widths=(4, 8),
+            stored=lambda cpu: cpu.pendbaser,
             id=_r("pendbaser"),
         ),
         Register(0x00A0, "GICR_INVLPIR", WO, write=_invlpi, length=8, widths=(4, 8), id=_r("invlpir")),
@@ -309,37 +235,38 @@ GICR = RegisterBlock(
         Register(0xFFE8, "GICR_PIDR2", RO, value=PIDR2_GICV3, id=_r("idregs")),
         Register(0xFFEC, "GICR_PIDR3", RAZ_WI, length=0x14, id=_r("idregs"), modelled=False),
         IrqArray(
-            SGI_BASE + 0x080, "GICR_IGROUPR0", RW, 1, read=_group, write=_set_group, count=_N, id=_r("igroupr0")
+            SGI_BASE + 0x080, "GICR_IGROUPR0", RW, 1, read=fields.group, write=fields.set_group, count=_N,
+            id=_r("igroupr0"),
         ),
         IrqArray(
-            SGI_BASE + 0x100, "GICR_ISENABLER0", W1S, 1, read=_enabled, write=_enable, count=_N,
+            SGI_BASE + 0x100, "GICR_ISENABLER0", W1S, 1, read=fields.enabled, write=fields.enable, count=_N,
             id=_r("isenabler0"),
         ),
         IrqArray(
-            SGI_BASE + 0x180, "GICR_ICENABLER0", W1C, 1, read=_enabled, write=_disable, count=_N,
+            SGI_BASE + 0x180, "GICR_ICENABLER0", W1C, 1, read=fields.enabled, write=fields.disable, count=_N,
             id=_r("icenabler0"),
         ),
         IrqArray(
-            SGI_BASE + 0x200, "GICR_ISPENDR0", W1S, 1, read=_asserted, write=_pend, count=_N, user=LATCH,
+            SGI_BASE + 0x200, "GICR_ISPENDR0", W1S, 1, read=fields.asserted, write=fields.pend, count=_N, user=LATCH,
             id=_r("ispendr0"),
         ),
         IrqArray(
-            SGI_BASE + 0x280, "GICR_ICPENDR0", W1C, 1, read=_asserted, write=_unpend, count=_N, user=NOTHING,
-            id=_r("icpendr0"),
+            SGI_BASE + 0x280, "GICR_ICPENDR0", W1C, 1, read=fields.asserted, write=fields.unpend, count=_N,
+            user=NOTHING, id=_r("icpendr0"),
         ),
         IrqArray(
-            SGI_BASE + 0x300, "GICR_ISACTIVER0", W1S, 1, read=_active, write=_activate, count=_N,
+            SGI_BASE + 0x300, "GICR_ISACTIVER0", W1S, 1, read=fields.active, write=fields.activate, count=_N,
             id=_r("isactiver0"),
         ),
         IrqArray(
-            SGI_BASE + 0x380, "GICR_ICACTIVER0", W1C, 1, read=_active, write=_deactivate, count=_N,
+            SGI_BASE + 0x380, "GICR_ICACTIVER0", W1C, 1, read=fields.active, write=fields.deactivate, count=_N,
             id=_r("icactiver0"),
         ),
         IrqArray(
-            SGI_BASE + 0x400, "GICR_IPRIORITYR0", RW, 8, read=_priority, write=_set_priority, count=_N,
+            SGI_BASE + 0x400, "GICR_IPRIORITYR0", RW, 8, read=fields.priority, write=fields.set_priority, count=_N,
             widths=(1, 4), id=_r("ipriorityr0"),
         ),
-        IrqArray(SGI_BASE + 0xC00, "GICR_ICFGR0", RO, 2, read=_config, count=_N, id=_r("icfgr0")),
+        IrqArray(SGI_BASE + 0xC00, "GICR_ICFGR0", RO, 2, read=fields.config, count=_N, id=_r("icfgr0")),
         IrqArray(SGI_BASE + 0xD00, "GICR_IGRPMODR0", RAZ_WI, 1, count=_N, id=_r("igrpmodr0"), modelled=False),
         Register(SGI_BASE + 0xE00, "GICR_NSACR", RAZ_WI, id=_r("nsacr"), modelled=False),
     ),

@@ -7,39 +7,20 @@ resample irqfds), the ITSs, guest memory. Restore those, and the vCPUs with thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from heapq import heapify
 from typing import TYPE_CHECKING
 
 import attrs
 
-from fabric.devices.arm.vgic_irq import NR_PRIVATE_IRQS, VgicIrq, WiredIrq
-from fabric.devices.arm.vgic_v3_frames import UNDEFINED
+from fabric.devices.arm.vgic_frames import UNDEFINED
+from fabric.devices.arm.vgic_irq import NR_PRIVATE_IRQS, VgicIrq
+from fabric.devices.arm.vgic_state import IrqState, restore_irqs, save_irq
+from fabric.devices.arm.vgic_v3_frames import Region
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_cpuif import VgicV3Cpu
     from fabric.devices.arm.vgic_v3 import VgicV3
 
-VERSION = 1
-
-
-@attrs.frozen
-class IrqState:
-    """One interrupt. ``where`` and ``seq`` are its place at a vCPU, -1 when it is neither queued nor active."""
-
-    intid: int
-    priority: int
-    group: int
-    enabled: bool
-    pending: bool
-    active: bool
-    target: int
-    """vCPU index, -1 for none."""
-    where: int
-    seq: int
-    edge: bool = True
-    line: bool = False
-    route: int = 0
+VERSION = 2
 
 
 @attrs.frozen
@@ -61,12 +42,16 @@ class CpuState:
     lpis_enabled: bool
     pendbaser: int
     seq: int
-    places: tuple[tuple[int, int], ...]
+    region: int
+    """Which of the redistributor regions it has its place in, in order of registration; -1 for none."""
+    slot: int
+    answers: bool
+    """Its redistributor frame is on the bus."""
 
 
 @attrs.frozen
 class VgicV3State:
-    """A whole GICv3. ``regions`` are (index, base, count) of the redistributor regions."""
+    """A whole GICv3. ``regions`` are (index, base, count, places used) of the redistributor regions."""
 
     version: int = VERSION
     nr_irqs: int = NR_PRIVATE_IRQS
@@ -76,7 +61,7 @@ class VgicV3State:
     revision: int = 3
     propbaser: int = 0
     distributor: int = UNDEFINED
-    regions: tuple[tuple[int, int, int], ...] = ()
+    regions: tuple[tuple[int, int, int, int], ...] = ()
     cpus: tuple[CpuState, ...] = ()
     spis: tuple[IrqState, ...] = ()
     lpis: tuple[IrqState, ...] = ()
@@ -84,7 +69,7 @@ class VgicV3State:
     """LPIs that no ITS maps any more and that are still at a vCPU."""
 
 
-_CPU_FIELDS = tuple(field.name for field in attrs.fields(CpuState) if field.name not in ("private", "places"))
+_CPU_FIELDS = tuple(f.name for f in attrs.fields(CpuState) if f.name not in ("private", "region", "answers"))
 
 
 def save(vgic: VgicV3) -> VgicV3State:
@@ -97,36 +82,21 @@ def save(vgic: VgicV3) -> VgicV3State:
         revision=vgic.revision,
         propbaser=vgic.propbaser,
         distributor=vgic.frames.distributor,
-        regions=tuple((region.index, region.base, region.count) for region in vgic.frames.regions),
-        cpus=tuple(_save_cpu(cpu) for cpu in vgic.cpus),
-        spis=tuple(_save_irq(irq) for irq in vgic.spis),
-        lpis=tuple(_save_irq(irq) for irq in vgic.lpis.values()),
+        regions=tuple(attrs.astuple(region) for region in vgic.frames.regions),
+        cpus=tuple(_save_cpu(cpu, vgic.frames.regions) for cpu in vgic.cpus),
+        spis=tuple(save_irq(irq) for irq in vgic.spis),
+        lpis=tuple(save_irq(irq) for irq in vgic.lpis.values()),
         unmapped=tuple(vgic.unmapped),
     )
 
 
-def _save_cpu(cpu: VgicV3Cpu) -> CpuState:
+def _save_cpu(cpu: VgicV3Cpu, regions: list[Region]) -> CpuState:
     return CpuState(
-        private=tuple(_save_irq(irq) for irq in cpu.private),
-        places=tuple(cpu.places.items()),
+        private=tuple(save_irq(irq) for irq in cpu.private),
+        region=regions.index(cpu.region) if cpu.region in regions else -1,
+        answers=cpu.frame is not None,
         **{name: getattr(cpu, name) for name in _CPU_FIELDS},
     )
-
-
-def _save_irq(irq: VgicIrq) -> IrqState:
-    entry = irq.entry
-    common = (
-        irq.intid,
-        irq.priority,
-        irq.group,
-        irq.enabled,
-        irq.pending,
-        irq.active,
-        -1 if irq.target is None else irq.target.index,
-        -1 if entry is None else entry[3].index,
-        -1 if entry is None else entry[1],
-    )
-    return IrqState(*common, irq.edge, irq.line, irq.route) if isinstance(irq, WiredIrq) else IrqState(*common)
 
 
 def restore(vgic: VgicV3, state: VgicV3State) -> None:
@@ -137,7 +107,7 @@ def restore(vgic: VgicV3, state: VgicV3State) -> None:
         raise ValueError(f"the state is of {len(state.cpus)} vCPUs, and the VM has {len(vgic.cpus)}")
     frames = vgic.frames
     frames.distributor = state.distributor
-    frames.restore_regions(state.regions)
+    frames.regions = [Region(*region) for region in state.regions]
     vgic.nr_irqs = state.nr_irqs
     if state.initialized:
         vgic.initialize()
@@ -147,37 +117,18 @@ def restore(vgic: VgicV3, state: VgicV3State) -> None:
     for cpu, saved in zip(vgic.cpus, state.cpus, strict=True):
         for name in _CPU_FIELDS:
             setattr(cpu, name, getattr(saved, name))
-        cpu.places = dict(saved.places)
         cpu.forwarding = state.forwarding
-        _restore_irqs(vgic, cpu.private, saved.private)
-    _restore_irqs(vgic, vgic.spis, state.spis)
+        cpu.region = frames.regions[saved.region] if saved.region >= 0 else None
+        if saved.answers:
+            frames.map_redistributor(cpu)
+        restore_irqs(vgic.cpus, cpu.private, saved.private)
+    restore_irqs(vgic.cpus, vgic.spis, state.spis)
     for lpi in state.lpis:
         vgic.lpis[lpi.intid] = VgicIrq(lpi.intid, None)
-    _restore_irqs(vgic, vgic.lpis.values(), state.lpis)
+    restore_irqs(vgic.cpus, vgic.lpis.values(), state.lpis)
     vgic.unmapped.update((intid, vgic.lpis[intid]) for intid in state.unmapped)
     for cpu in vgic.cpus:
-        heapify(cpu.queue)
-        heapify(cpu.queue0)
-        cpu.update()
+        cpu.arrange()
     vgic.ledger.raised += vgic.count_open()
     if state.mapped:
         frames.map_distributor()
-
-
-def _restore_irqs(vgic: VgicV3, irqs: Iterable[VgicIrq], states: Iterable[IrqState]) -> None:
-    for irq, saved in zip(irqs, states, strict=True):
-        irq.priority = saved.priority
-        irq.group = saved.group
-        irq.enabled = saved.enabled
-        irq.pending = saved.pending
-        irq.active = saved.active
-        irq.target = None if saved.target < 0 else vgic.cpus[saved.target]
-        if isinstance(irq, WiredIrq):
-            irq.edge, irq.line, irq.route = saved.edge, saved.line, saved.route
-        if saved.where >= 0:
-            cpu: VgicV3Cpu = vgic.cpus[saved.where]
-            irq.entry = (irq.priority, saved.seq, irq, cpu)
-            if irq.active:
-                cpu.nr_active += 1
-            else:
-                (cpu.queue if irq.group else cpu.queue0).append(irq.entry)
