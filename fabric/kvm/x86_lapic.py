@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fabric.kvm.vm import VcpuFile, Vm, VmFile
 
 _X2APIC_API_FLAGS = 0xF
+_MAX_BUS_CYCLE = ((1 << 64) - 1) // ((1 << 32) - 1) // 128
 _DIRECTED_EOI_ON, _DIRECTED_EOI_OFF = 4, 8
 """Flags of Linux 6.18: local APICs can, or cannot, keep an end of interrupt from the VMM's IOAPIC."""
 
@@ -122,10 +123,26 @@ def apply_x2apic_api(vm: Vm) -> None:
     bus.changed()
 
 
+def set_bus_cycle(file: VmFile, cap: uapi.KvmEnableCap) -> None:
+    """KVM_CAP_X86_APIC_BUS_CYCLES_NS: before any vCPU; a count of 32 bits times the divider must fit 64 bits of ns."""
+    cycle = cap.args[0]
+    if not 0 < cycle <= _MAX_BUS_CYCLE:
+        raise KvmError(errno.EINVAL, f"a bus cycle takes 1 to {_MAX_BUS_CYCLE} ns, not {cycle}")
+    vm = file.vm
+    if vm.irqchip is None:
+        raise KvmError(errno.ENXIO, "the VM has no local APICs in the kernel")
+    if vm.vcpus:
+        raise KvmError(errno.EINVAL, "the bus cycle is set before the vCPUs")
+    vm.irqchip.apics.cycle_ns = cycle
+
+
 VM_TABLE = (Ioctl(requests.KVM_SIGNAL_MSI, Members(uapi.KvmMsi), signal_msi),)
 VCPU_TABLE = (
     Ioctl(requests.KVM_GET_LAPIC, POINTER, get_lapic),
     Ioctl(requests.KVM_SET_LAPIC, POINTER, set_lapic),
 )
-ENABLE_CAP: dict[int, Callable[[VmFile, uapi.KvmEnableCap], None]] = {uapi.KVM_CAP_X2APIC_API: enable_x2apic_api}
+ENABLE_CAP: dict[int, Callable[[VmFile, uapi.KvmEnableCap], None]] = {
+    uapi.KVM_CAP_X2APIC_API: enable_x2apic_api,
+    uapi.KVM_CAP_X86_APIC_BUS_CYCLES_NS: set_bus_cycle,
+}
 """Capabilities of the VM fd that KVM_ENABLE_CAP turns on, and what does it."""

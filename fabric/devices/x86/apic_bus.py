@@ -126,6 +126,8 @@ class ApicBus:
         "eoi_listeners",
         "extint",
         "lazy_map",
+        "lazy_scan",
+        "lazy_timer",
         "vector_hashing",
         "vm",
         "x2apic_format",
@@ -139,6 +141,9 @@ class ApicBus:
         self.broadcast_quirk_disabled = False
         self.vector_hashing: bool = vm.options["vector_hashing"]
         self.lazy_map: bool = vm.options["apic_map_lag"]
+        self.lazy_scan: bool = vm.options["scan_on_entry"]
+        self.lazy_timer: bool = vm.options["timer_on_entry"]
+        """How much of KVM's laziness the host has: what is only done when a vCPU next enters the guest."""
         self.eoi_listeners: list[Callable[[int, Lapic, bool], None]] = []
         self.extint = False
         """The output of the 8259 pair."""
@@ -227,7 +232,7 @@ class ApicBus:
             takers: is filled with those that took it.
         """
         if lowest or mode == MODE_LOWEST:
-            if not logical and dest == XAPIC_BROADCAST and not shorthand:
+            if not logical and dest == XAPIC_BROADCAST:
                 # Whatever its mode was; to all, unless the redirection hint narrows it to one.
                 mode = MODE_FIXED
             else:

@@ -71,6 +71,7 @@ class Ioapic:
         "irr",
         "irr_delivered",
         "ledger",
+        "pad",
         "redirtbl",
         "rtc_coalescing",
         "rtc_waiting",
@@ -93,6 +94,7 @@ class Ioapic:
         self.rtc_coalescing = rtc_coalescing
         self.base_address = BASE
         self.ioregsel = 0
+        self.pad = 0
         self.id = 0
         self.irr = 0
         """Inputs that are high or, edge-triggered and masked, were."""
@@ -255,6 +257,7 @@ class Ioapic:
             "ioregsel": self.ioregsel,
             "id": self.id,
             "irr": self.irr & ~self.irr_delivered,
+            "pad": self.pad,
             "redirtbl": tuple(self.redirtbl),
         }
 
@@ -263,6 +266,7 @@ class Ioapic:
         self.base_address = state["base_address"]
         self.ioregsel = state["ioregsel"]
         self.id = state["id"]
+        self.pad = state["pad"]
         self.redirtbl = list(state["redirtbl"])
         self.irr = self.irr_delivered = 0
         self.rtc_waiting = []

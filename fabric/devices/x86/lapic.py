@@ -3,7 +3,8 @@
 IRR, ISR and TMR are ints of 256 bits: the highest vector is ``bit_length() - 1``. All other registers are words of the
 1024-byte page that KVM_GET_LAPIC shows; what a guest may do with each is in :data:`REGISTERS`.
 
-A message that sets a bit of IRR is an interrupt raised, one that finds it set is merged; it is delivered when the CPU takes it.
+A message that sets a bit of IRR is an interrupt raised, one that finds it set is merged; it is delivered when the CPU
+takes it.
 
 Sources: Intel SDM vol. 3, chapter 11 (APIC): 11.4 (registers), 11.5.1 (LVT), 11.6 (IPIs), 11.8 (priorities, EOI), 11.12
 (x2APIC). The version is that of the recorded host: 0x14 with six LVT entries.
@@ -140,8 +141,8 @@ class Lapic:
         self.hw_enabled = self.sw_enabled = self.x2apic = self.flat = self.clustered = False
         self.ldr = self.xapic_id = 0
         vcpu.cpu_interface = self
-        bus.add(self)
         self.reset(init=False)
+        bus.add(self)
 
     @property
     def events(self) -> IrqEvents | None:
@@ -275,6 +276,8 @@ class Lapic:
     def _ended(self, vector: int) -> None:
         if self._events is not None:
             self._events.completed(self.index, vector)
+        if self.bus.lazy_scan and not self.vcpu.has_run:
+            return  # which ends the IOAPIC wants to know is found out at the first entry
         level = bool(self.tmr >> vector & 1)
         self.bus.ended(vector, self, level and not self.word(SVR) & SVR_DIRECTED_EOI)
 

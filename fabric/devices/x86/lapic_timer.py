@@ -138,4 +138,13 @@ class LapicTimer:
         if self.mode == PERIODIC:
             self._arm(self.period)
         self.tsc_deadline = 0
-        self.apic.deliver_local(LVTT)
+        if self.apic.bus.lazy_timer and not self.apic.vcpu.running:
+            self.pending = 1
+        else:
+            self.apic.deliver_local(LVTT)
+
+    def entering(self) -> None:
+        """The vCPU enters the guest: an expiration that waited for that is delivered."""
+        if self.pending:
+            self.pending = 0
+            self.apic.deliver_local(LVTT)
