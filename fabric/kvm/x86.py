@@ -12,6 +12,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fabric.clock.tsc import GuestTsc, HostTime, TscSync, VmClock
 from fabric.devices.registry import DEVICE_TYPES
 from fabric.devices.x86.irqchip import SOURCE_RESAMPLE, SOURCE_USERSPACE
 from fabric.devices.x86.lapic import Lapic
@@ -20,10 +21,12 @@ from fabric.kvm import vm_fd, x86_clock, x86_events, x86_irqchip, x86_lapic, x86
 from fabric.kvm.arch import GENERIC_CAPABILITIES, Architecture
 from fabric.kvm.dispatch import Ioctl
 from fabric.kvm.routing import PinRoute
+from fabric.kvm.x86_clock import X86VcpuPart
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.uapi.x86 import KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE
 from fabric.vcpu.x86 import X86Vcpu
+from fabric.vcpu.x86_pv import Paravirt
 
 if TYPE_CHECKING:
     from fabric.channel import LineLevel, Msi
@@ -88,15 +91,25 @@ class X86VmPart:
     __slots__ = (
         "boot_cpu_id",
         "broadcast_quirk_disabled",
+        "clock",
         "directed_eoi",
         "exception_payload",
+        "host_time",
         "max_vcpu_id",
         "triple_fault_event",
+        "tsc_khz",
+        "tsc_sync",
         "x2apic_format",
     )
 
     def __init__(self, vm: Vm) -> None:
+        options = vm.options
         self.boot_cpu_id = 0
+        self.host_time = HostTime(vm.clock, options["tsc_khz"], options["tsc_start"], options["realtime_start"])
+        self.clock = VmClock(self.host_time)
+        self.tsc_sync = TscSync(self.host_time)
+        self.tsc_khz: int = options["tsc_khz"]
+        """Frequency of the TSC of vCPUs to be made."""
         self.max_vcpu_id = 0
         """KVM_CAP_MAX_VCPU_ID; 0 until it is set."""
         self.x2apic_format = False
@@ -117,7 +130,8 @@ class X86(Architecture):
         "hyperv": True,
         "xen": False,
         "tsc_khz": 2_600_000,
-        "tsc_start": 0,
+        "tsc_start": 1_000_000_000,
+        "realtime_start": 1_700_000_000_000_000_000,
         "tsc_scaling": False,
         "apic_map_lag": False,
         "scan_on_entry": False,
@@ -186,12 +200,15 @@ class X86(Architecture):
 
     def new_vcpu(self, vm: Vm, vcpu_id: int, index: int) -> tuple[X86Vcpu, Any]:
         vcpu = X86Vcpu(vm, vcpu_id, index, vm.engine, is_bsp=vcpu_id == vm.part.boot_cpu_id)
+        part: X86VmPart = vm.part
+        vcpu.tsc = GuestTsc(part.host_time, part.tsc_sync, part.tsc_khz, scaling=vm.options["tsc_scaling"])
+        vcpu.pv = Paravirt(vcpu, part.clock)
         irqchip = vm.irqchip
         if irqchip is None:
             vcpu.mp_state = uapi.KVM_MP_STATE_RUNNABLE
         else:
             Lapic(irqchip.apics, vcpu, None if irqchip.pic is None else irqchip.pic.acknowledge)
-        return vcpu, None
+        return vcpu, X86VcpuPart(vcpu)
 
     def vcpu_created(self, file: VcpuFile) -> None:
         pass

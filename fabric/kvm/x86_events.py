@@ -73,7 +73,7 @@ def get_vcpu_events(file: VcpuFile, ptr: Pointer) -> None:
 
 
 def set_vcpu_events(file: VcpuFile, events: KvmVcpuEvents) -> None:
-    """KVM_SET_VCPU_EVENTS: what the flags do not mark as valid stays, but for exception, interrupt and the state of NMIs."""
+    """KVM_SET_VCPU_EVENTS: what the flags do not mark as valid stays, but for exception, interrupt and NMI state."""
     vcpu, part = file.vcpu, file.vm.part
     flags = events.flags
     if flags & ~_ALL:

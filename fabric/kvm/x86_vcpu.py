@@ -6,8 +6,14 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
+from fabric.devices.attributes import Attr, AttrTable, Group
+from fabric.devices.attributes import Pointer as SystemPointer
 from fabric.errors import KvmError
+from fabric.kvm.device_fd import attribute_table
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Pointer
+from fabric.kvm.x86_clock import VCPU_ENABLE_CAP
 from fabric.uapi import ioctl as requests
 from fabric.uapi.kvm import KVM_CAP_MAX_VCPU_ID, KvmEnableCap
 from fabric.uapi.x86 import KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrs
@@ -17,6 +23,20 @@ if TYPE_CHECKING:
     from fabric.kvm.vm import VcpuFile, VmFile
 
 MAX_CPUID_ENTRIES = 256
+KVM_X86_GRP_SYSTEM = KVM_X86_XCOMP_GUEST_SUPP = 0
+XCOMP_GUEST_SUPP = 0xE7
+"""Extended states of the recorded host: x87, SSE, AVX, AVX-512, PKRU."""
+CPUID_FEATURES_ECX = 1 << 21 | 1 << 24 | 1 << 31
+"""x2APIC, TSC-deadline timer, hypervisor."""
+CPUID_FEATURES_EDX = 1 << 4 | 1 << 5 | 1 << 9
+"""TSC, MSRs, local APIC."""
+SUPPORTED_CPUID = (
+    KvmCpuidEntry2(0, eax=0x10, ebx=0x6874_7541, ecx=0x444D_4163, edx=0x6974_6E65),
+    KvmCpuidEntry2(1, ecx=CPUID_FEATURES_ECX, edx=CPUID_FEATURES_EDX),
+    KvmCpuidEntry2(0x4000_0000, eax=0x4000_0001, ebx=0x4B4D_564B, ecx=0x564B_4D56, edx=0x4D),
+    KvmCpuidEntry2(0x4000_0001, eax=1 << 0 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 12 | 1 << 14 | 1 << 24),
+)
+"""What a guest can be given. The vendor is that of the recorded host."""
 MAX_IO_MSRS = 256
 MAX_BOOT_CPU_ID = 4096
 """As large as no vCPU's id can be, and taken all the same."""
@@ -115,9 +135,56 @@ def get_msr_index_list(_file: Any, ptr: Pointer) -> None:
     ptr.write(b"".join(index.to_bytes(4, "little") for index in indices), 4)
 
 
-VCPU_ENABLE_CAP: dict[int, Callable[[VcpuFile, KvmEnableCap], None]] = {}
-"""Capabilities of the vCPU fd that KVM_ENABLE_CAP turns on, and what does it."""
-SYSTEM_TABLE = (Ioctl(requests.KVM_GET_MSR_INDEX_LIST, POINTER, get_msr_index_list),)
+def get_supported_cpuid(_file: Any, ptr: Pointer) -> None:
+    """KVM_GET_SUPPORTED_CPUID: the leaves that matter to interrupts and clocks."""
+    head = KvmCpuid2.unpack(ptr.read(KvmCpuid2.SIZE))
+    if head.nent < len(SUPPORTED_CPUID):
+        raise KvmError(errno.E2BIG, f"there are {len(SUPPORTED_CPUID)} entries, and room for {head.nent}")
+    if head.nent > MAX_CPUID_ENTRIES:
+        head = attrs.evolve(head, nent=MAX_CPUID_ENTRIES)
+    entries = b"".join(entry.pack() for entry in SUPPORTED_CPUID)
+    ptr.write(KvmCpuid2(len(SUPPORTED_CPUID), head.padding).pack() + entries)
+
+
+def _get_xcomp(_file: Any, _attr: int, ptr: SystemPointer) -> None:
+    ptr.put_u64(XCOMP_GUEST_SUPP)
+
+
+SYSTEM_ATTRIBUTES = AttrTable(
+    (
+        Group(
+            KVM_X86_GRP_SYSTEM,
+            "KVM_X86_GRP_SYSTEM",
+            (
+                Attr(
+                    "api.get-device-attr",
+                    "KVM_X86_XCOMP_GUEST_SUPP",
+                    number=KVM_X86_XCOMP_GUEST_SUPP,
+                    type="u64",
+                    get=_get_xcomp,
+                    errors=(errno.EFAULT, errno.ENXIO),
+                ),
+            ),
+        ),
+    )
+)
+"""Attributes of the system fd, which only has some to read."""
+
+
+class _System:
+    """The system fd as an owner of attributes."""
+
+    attributes = SYSTEM_ATTRIBUTES
+
+
+_SYSTEM_ATTRIBUTE_IOCTLS = tuple(
+    row for row in attribute_table(lambda _file: _System) if row.request != requests.KVM_SET_DEVICE_ATTR
+)
+SYSTEM_TABLE = (
+    Ioctl(requests.KVM_GET_MSR_INDEX_LIST, POINTER, get_msr_index_list),
+    Ioctl(requests.KVM_GET_SUPPORTED_CPUID, POINTER, get_supported_cpuid),
+    *_SYSTEM_ATTRIBUTE_IOCTLS,
+)
 VM_TABLE: tuple[Ioctl, ...] = (Ioctl(requests.KVM_SET_BOOT_CPU_ID, VALUE, set_boot_cpu_id),)
 VCPU_TABLE: tuple[Ioctl, ...] = (
     Ioctl(requests.KVM_SET_CPUID2, POINTER, set_cpuid2),

@@ -14,9 +14,12 @@ from fabric.vcpu.vcpu import Vcpu
 
 if TYPE_CHECKING:
     from fabric.clock.engine import Engine
+    from fabric.clock.tsc import GuestTsc
     from fabric.devices.base import VmServices
     from fabric.uapi.x86 import KvmCpuidEntry2
+    from fabric.vcpu.x86_pv import Paravirt
 
+CPUID_KVM_FEATURES = 0x4000_0001
 CPUID_1_ECX_X2APIC = 1 << 21
 _BASE_RESERVED = 0xFF | 1 << 9 | 0xFFF << 52
 CPUID_1_ECX_TSC_DEADLINE = 1 << 24
@@ -64,6 +67,7 @@ class X86Vcpu(Vcpu):
         "nmi_masked",
         "nmi_pending",
         "nmi_queued",
+        "pv",
         "regs",
         "sipi_pending",
         "sipi_vector",
@@ -72,6 +76,7 @@ class X86Vcpu(Vcpu):
         "smm_inside_nmi",
         "sregs",
         "triple_fault",
+        "tsc",
         "unhalted",
     )
 
@@ -79,6 +84,9 @@ class X86Vcpu(Vcpu):
 
     def __init__(self, vm: VmServices, vcpu_id: int, index: int, engine: Engine | None, *, is_bsp: bool) -> None:
         super().__init__(vm, vcpu_id, index, engine)
+        self.tsc: GuestTsc
+        self.pv: Paravirt
+        """Given by whoever makes it, as the VM's vCPUs share what they are made of."""
         self.is_bsp = is_bsp
         """It is the boot processor."""
         self._apic_base = DEFAULT_BASE | BASE_ENABLE | (BASE_BSP if is_bsp else 0)
@@ -137,6 +145,11 @@ class X86Vcpu(Vcpu):
             self._apic_base = value
         else:
             self.cpu_interface.set_base(value)
+
+    def has_pv_feature(self, bit: int) -> bool:
+        """Whether KVM's own CPUID leaf offers a paravirtual feature."""
+        leaf = self.cpuid_leaf(CPUID_KVM_FEATURES)
+        return leaf is not None and bool(leaf.eax >> bit & 1)
 
     def has_feature(self, ecx_bit: int) -> bool:
         """Whether leaf 1 has that bit in ECX."""

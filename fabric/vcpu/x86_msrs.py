@@ -11,7 +11,23 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fabric.devices.x86.lapic import MSR_BASE, NotWritable
-from fabric.uapi.x86 import MSR_IA32_APICBASE
+from fabric.uapi.x86 import (
+    MSR_IA32_APICBASE,
+    MSR_IA32_TSC,
+    MSR_IA32_TSC_ADJUST,
+    MSR_IA32_TSC_DEADLINE,
+    MSR_KVM_ASYNC_PF_ACK,
+    MSR_KVM_ASYNC_PF_EN,
+    MSR_KVM_ASYNC_PF_INT,
+    MSR_KVM_POLL_CONTROL,
+    MSR_KVM_PV_EOI_EN,
+    MSR_KVM_STEAL_TIME,
+    MSR_KVM_SYSTEM_TIME,
+    MSR_KVM_SYSTEM_TIME_NEW,
+    MSR_KVM_WALL_CLOCK,
+    MSR_KVM_WALL_CLOCK_NEW,
+)
+from fabric.vcpu.x86_pv import ASYNC_PF_RESERVED, ENABLED, PV_EOI_ALIGN, STEAL_RESERVED, Paravirt
 
 if TYPE_CHECKING:
     from fabric.vcpu.x86 import X86Vcpu
@@ -25,7 +41,7 @@ class BadMsr(Exception):
 
 @attrs.frozen
 class Msr:
-    """One MSR: ``read(vcpu)``, and ``write(vcpu, value, host)``, which raises BadMsr for a value that it does not take."""
+    """One MSR: ``read(vcpu)``, and ``write(vcpu, value, host)``, which raises BadMsr for a value it does not take."""
 
     name: str
     read: Callable[[X86Vcpu], int]
@@ -43,8 +59,96 @@ def _write_apic_base(vcpu: X86Vcpu, value: int, host: bool) -> None:
         raise BadMsr from error
 
 
+def _write_tsc(vcpu: X86Vcpu, value: int, host: bool) -> None:
+    if host:
+        vcpu.tsc.write(value)
+    else:
+        vcpu.tsc.write_by_guest(value)
+
+
+def _write_tsc_adjust(vcpu: X86Vcpu, value: int, host: bool) -> None:
+    if host:
+        vcpu.tsc.adjust = value  # the VMM restores the TSC itself
+    else:
+        vcpu.tsc.adjust_by_guest(value)
+
+
+def _read_tsc_deadline(vcpu: X86Vcpu) -> int:
+    apic = vcpu.cpu_interface
+    return 0 if apic is None else int(apic.timer.tsc_deadline)
+
+
+def _write_tsc_deadline(vcpu: X86Vcpu, value: int, host: bool) -> None:
+    if vcpu.cpu_interface is not None:
+        vcpu.cpu_interface.timer.set_tsc_deadline(value)
+
+
+def _paravirtual(
+    name: str, feature: int, attribute: str, set_: Callable[[Paravirt, int], None] | None = None, *, allowed: int = -1
+) -> Msr:
+    """An MSR of KVM's own: which bits it takes, and what a write does besides being stored."""
+
+    def write(vcpu: X86Vcpu, value: int, host: bool) -> None:
+        if vcpu.pv.enforced and not vcpu.has_pv_feature(feature):
+            raise BadMsr
+        if value & ~allowed & (1 << 64) - 1:
+            raise BadMsr
+        if set_ is None:
+            setattr(vcpu.pv, attribute, value)
+        else:
+            set_(vcpu.pv, value)
+
+    def read(vcpu: X86Vcpu) -> int:
+        hidden = vcpu.pv.enforced and not vcpu.has_pv_feature(feature)
+        return 0 if hidden else int(getattr(vcpu.pv, attribute))
+
+    return Msr(name, read, write)
+
+
+def _set_pv_eoi(pv: Paravirt, value: int) -> None:
+    if (value & ~ENABLED) % PV_EOI_ALIGN or pv.vcpu.cpu_interface is None:
+        raise BadMsr
+    pv.pv_eoi = value
+
+
+def _set_async_pf(pv: Paravirt, value: int) -> None:
+    if value & ASYNC_PF_RESERVED or (pv.vcpu.cpu_interface is None and value):
+        raise BadMsr
+    pv.async_pf = value
+
+
+def _acknowledge_async_pf(_pv: Paravirt, _value: int) -> None:
+    """Nothing is waiting: the host's memory is always there."""
+
+
+_CLOCKSOURCE, _CLOCKSOURCE2, _ASYNC_PF, _STEAL_TIME, _PV_EOI, _POLL_CONTROL, _ASYNC_PF_INT = 0, 3, 4, 5, 6, 12, 14
+"""Bits of CPUID leaf 0x40000001 EAX."""
+
 MSRS: dict[int, Msr] = {
+    MSR_IA32_TSC: Msr("MSR_IA32_TSC", lambda vcpu: vcpu.tsc.value, _write_tsc),
     MSR_IA32_APICBASE: Msr("MSR_IA32_APICBASE", _read_apic_base, _write_apic_base),
+    MSR_IA32_TSC_ADJUST: Msr("MSR_IA32_TSC_ADJUST", lambda vcpu: vcpu.tsc.adjust, _write_tsc_adjust),
+    MSR_IA32_TSC_DEADLINE: Msr("MSR_IA32_TSC_DEADLINE", _read_tsc_deadline, _write_tsc_deadline),
+    MSR_KVM_WALL_CLOCK: _paravirtual("MSR_KVM_WALL_CLOCK", _CLOCKSOURCE, "wall_clock", Paravirt.set_wall_clock),
+    MSR_KVM_SYSTEM_TIME: _paravirtual("MSR_KVM_SYSTEM_TIME", _CLOCKSOURCE, "system_time", Paravirt.set_system_time),
+    MSR_KVM_WALL_CLOCK_NEW: _paravirtual(
+        "MSR_KVM_WALL_CLOCK_NEW", _CLOCKSOURCE2, "wall_clock", Paravirt.set_wall_clock
+    ),
+    MSR_KVM_SYSTEM_TIME_NEW: _paravirtual(
+        "MSR_KVM_SYSTEM_TIME_NEW", _CLOCKSOURCE2, "system_time", Paravirt.set_system_time
+    ),
+    MSR_KVM_ASYNC_PF_EN: _paravirtual("MSR_KVM_ASYNC_PF_EN", _ASYNC_PF, "async_pf", _set_async_pf),
+    MSR_KVM_STEAL_TIME: _paravirtual(
+        "MSR_KVM_STEAL_TIME", _STEAL_TIME, "steal", Paravirt.set_steal, allowed=~STEAL_RESERVED
+    ),
+    MSR_KVM_PV_EOI_EN: _paravirtual("MSR_KVM_PV_EOI_EN", _PV_EOI, "pv_eoi", _set_pv_eoi),
+    MSR_KVM_POLL_CONTROL: _paravirtual("MSR_KVM_POLL_CONTROL", _POLL_CONTROL, "poll_control", allowed=1),
+    MSR_KVM_ASYNC_PF_INT: _paravirtual("MSR_KVM_ASYNC_PF_INT", _ASYNC_PF_INT, "async_pf_vector", allowed=0xFF),
+    MSR_KVM_ASYNC_PF_ACK: Msr(
+        "MSR_KVM_ASYNC_PF_ACK",
+        lambda _vcpu: 0,
+        _paravirtual("", _ASYNC_PF_INT, "async_pf", _acknowledge_async_pf).write,
+    ),
 }
 """By number."""
 

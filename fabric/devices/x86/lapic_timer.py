@@ -134,6 +134,15 @@ class LapicTimer:
             left = whole
         self._begin(min(left, whole))
 
+    def set_tsc_deadline(self, value: int) -> None:
+        """MSR_IA32_TSC_DEADLINE: fire when the guest's TSC gets there; 0 stops. Ignored in the other modes."""
+        if self.mode != TSC_DEADLINE:
+            return
+        self.cancel()
+        self.tsc_deadline = value
+        if value:
+            self._timer.arm(self.now + self.apic.vcpu.tsc.time_until(value))
+
     def _fire(self) -> None:
         if self.mode == PERIODIC:
             self._arm(self.period)
