@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fabric.kvm.dispatch import Ioctl, Members
+from fabric.errors import KvmError
+from fabric.kvm.dispatch import POINTER, Ioctl, Members, Pointer
 from fabric.uapi import ioctl as requests
 from fabric.uapi.kvm import KvmDeviceAttr
 from fabric.uapi.usermem import UserPointer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from fabric.devices.attributes import Op
     from fabric.kvm.fds import File
+    from fabric.kvm.vm import DeviceFile
 
 
 def attribute_table(owner: Callable[[Any], Any]) -> tuple[Ioctl, ...]:
@@ -35,4 +37,21 @@ def attribute_table(owner: Callable[[Any], Any]) -> tuple[Ioctl, ...]:
     )
 
 
-TABLE = attribute_table(lambda file: file.device)
+def get_device_attr(file: DeviceFile, ptr: Pointer) -> int:
+    """KVM_GET_DEVICE_ATTR of a device. One that has nothing to get is EPERM before the argument is looked at."""
+    table = file.device.attributes
+    if not any(row.get for _, row in table.rows()):
+        raise KvmError(table.unknown["get"], "the device has no attribute that can be read")
+    attr = KvmDeviceAttr.unpack(ptr.read(KvmDeviceAttr.SIZE))
+    target = UserPointer(file.kvm.user_memory, attr.addr)
+    return int(table.dispatch(file.device, "get", attr.group, attr.attr, target))
+
+
+def _device_table() -> tuple[Ioctl, ...]:
+    return tuple(
+        Ioctl(row.request, POINTER, get_device_attr, row.id) if row.request == requests.KVM_GET_DEVICE_ATTR else row
+        for row in attribute_table(lambda file: file.device)
+    )
+
+
+TABLE = _device_table()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fabric.uapi.x86 import KvmCpuidEntry2
     from fabric.vcpu.x86_pv import Paravirt
 
+CPUID_7_EBX_TSC_ADJUST = 1 << 1
 CPUID_KVM_FEATURES = 0x4000_0001
 CPUID_1_ECX_X2APIC = 1 << 21
 _BASE_RESERVED = 0xFF | 1 << 9 | 0xFFF << 52
@@ -116,6 +117,12 @@ class X86Vcpu(Vcpu):
         if self.cpu_interface is not None:
             self.cpu_interface.timer.offer_tsc_deadline(self.has_feature(CPUID_1_ECX_TSC_DEADLINE))
             self.cpu_interface.version_changed()
+
+    @property
+    def has_tsc_adjust(self) -> bool:
+        """Whether its CPUID has MSR_IA32_TSC_ADJUST."""
+        leaf = self.cpuid_leaf(7)
+        return leaf is not None and bool(leaf.ebx & CPUID_7_EBX_TSC_ADJUST)
 
     @property
     def has_x2apic(self) -> bool:

@@ -67,6 +67,8 @@ def _write_tsc(vcpu: X86Vcpu, value: int, host: bool) -> None:
 
 
 def _write_tsc_adjust(vcpu: X86Vcpu, value: int, host: bool) -> None:
+    if not vcpu.has_tsc_adjust:
+        return  # taken, and without effect
     if host:
         vcpu.tsc.adjust = value  # the VMM restores the TSC itself
     else:
