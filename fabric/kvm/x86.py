@@ -177,7 +177,8 @@ class X86(Architecture):
             # Directed EOI can be turned on with a split irqchip only.
             able = vm is None or (vm.irqchip is not None and vm.irqchip.split)
             return X2APIC_API_FLAGS if able else X2APIC_API_FLAGS & ~DIRECTED_EOI_ON
-        return self._capabilities.get(cap, 0)
+        found: int = self._capabilities.get(cap, 0)
+        return found
 
     def address_bits(self, machine_type: int) -> int:
         if machine_type:

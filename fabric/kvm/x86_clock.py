@@ -74,7 +74,7 @@ def set_tsc_khz(file: VcpuFile, khz: int) -> None:
     """KVM_SET_TSC_KHZ of a vCPU. A frequency that it cannot have is refused, and read back all the same."""
     khz &= 0xFFFF_FFFF
     host = file.vm.options["tsc_khz"]
-    tsc = file.vcpu.tsc
+    tsc = file.part.vcpu.tsc
     tsc.khz = khz = khz or host
     if tsc.scaling:
         return
@@ -86,13 +86,13 @@ def set_tsc_khz(file: VcpuFile, khz: int) -> None:
 
 def get_tsc_khz(file: VcpuFile, _arg: int) -> int:
     """KVM_GET_TSC_KHZ of a vCPU."""
-    khz: int = file.vcpu.tsc.khz
+    khz: int = file.part.vcpu.tsc.khz
     return khz
 
 
 def kvmclock_ctrl(file: VcpuFile, _arg: int) -> None:
     """KVM_KVMCLOCK_CTRL: tell the guest that it was stopped. EINVAL unless it has a clock page."""
-    pv = file.vcpu.pv
+    pv = file.part.vcpu.pv
     if not pv.system_time & 1:
         raise KvmError(errno.EINVAL, "the guest has no clock page")
     pv.guest_stopped = True
@@ -141,7 +141,7 @@ class X86VcpuPart:
 
 def enforce_pv(file: VcpuFile, cap: KvmEnableCap) -> None:
     """KVM_CAP_ENFORCE_PV_FEATURE_CPUID."""
-    file.vcpu.pv.enforced = bool(cap.args[0])
+    file.part.vcpu.pv.enforced = bool(cap.args[0])
 
 
 VM_TABLE: tuple[Ioctl, ...] = (

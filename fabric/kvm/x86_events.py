@@ -8,8 +8,6 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-import attrs
-
 from fabric.errors import KvmError
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Members, Pointer
 from fabric.uapi import ioctl as requests
@@ -39,7 +37,7 @@ _SETTABLE = {
 
 def get_vcpu_events(file: VcpuFile, ptr: Pointer) -> None:
     """KVM_GET_VCPU_EVENTS."""
-    vcpu, part = file.vcpu, file.vm.part
+    vcpu, part = file.part.vcpu, file.vm.part
     vcpu.collect_nmis()
     exception: ExceptionState = vcpu.exception
     flags = _ALWAYS
@@ -74,7 +72,7 @@ def get_vcpu_events(file: VcpuFile, ptr: Pointer) -> None:
 
 def set_vcpu_events(file: VcpuFile, events: KvmVcpuEvents) -> None:
     """KVM_SET_VCPU_EVENTS: what the flags do not mark as valid stays, but for exception, interrupt and NMI state."""
-    vcpu, part = file.vcpu, file.vm.part
+    vcpu, part = file.part.vcpu, file.vm.part
     flags = events.flags
     if flags & ~_ALL:
         raise KvmError(errno.EINVAL, f"flags must be in {_ALL:#x}, not {flags:#x}")
@@ -130,19 +128,19 @@ def set_vcpu_events(file: VcpuFile, events: KvmVcpuEvents) -> None:
 
 def nmi(file: VcpuFile, _arg: int) -> None:
     """KVM_NMI: the argument is not looked at."""
-    file.vcpu.receive_nmi()
+    file.part.vcpu.receive_nmi()
 
 
 def smi(file: VcpuFile, _arg: int) -> None:
     """KVM_SMI."""
-    file.vcpu.receive_smi()
+    file.part.vcpu.receive_smi()
 
 
 def interrupt(file: VcpuFile, irq: int) -> None:
     """KVM_INTERRUPT: inject a vector; with a split irqchip it is what the VMM's PIC answers."""
     if irq >= 256:
         raise KvmError(errno.EINVAL, f"a vector is below 256, not {irq}")
-    vcpu, irqchip = file.vcpu, file.vm.irqchip
+    vcpu, irqchip = file.part.vcpu, file.vm.irqchip
     if irqchip is None:
         vcpu.interrupt_injected, vcpu.interrupt_nr, vcpu.interrupt_soft = True, irq, False
         vcpu.kick()
@@ -157,7 +155,7 @@ def interrupt(file: VcpuFile, irq: int) -> None:
 
 def get_mp_state(file: VcpuFile, ptr: Pointer) -> None:
     """KVM_GET_MP_STATE, which carries out an INIT and a SIPI that wait."""
-    vcpu = file.vcpu
+    vcpu = file.part.vcpu
     if file.vm.irqchip is not None:
         vcpu.accept_events()
     halted = vcpu.mp_state in (uapi.KVM_MP_STATE_HALTED, uapi.KVM_MP_STATE_AP_RESET_HOLD)
@@ -167,7 +165,7 @@ def get_mp_state(file: VcpuFile, ptr: Pointer) -> None:
 
 def set_mp_state(file: VcpuFile, state: int) -> None:
     """KVM_SET_MP_STATE. Without local APICs in the kernel a vCPU is always runnable."""
-    vcpu = file.vcpu
+    vcpu = file.part.vcpu
     if state not in _SETTABLE or (file.vm.irqchip is None and state != uapi.KVM_MP_STATE_RUNNABLE):
         raise KvmError(errno.EINVAL, f"MP state {state} cannot be set on this vCPU")
     waits = (uapi.KVM_MP_STATE_INIT_RECEIVED, uapi.KVM_MP_STATE_SIPI_RECEIVED)
@@ -183,28 +181,28 @@ def set_mp_state(file: VcpuFile, state: int) -> None:
 
 def get_regs(file: VcpuFile, ptr: Pointer) -> None:
     """KVM_GET_REGS."""
-    ptr.write(file.vcpu.regs.pack())
+    ptr.write(file.part.vcpu.regs.pack())
 
 
 def set_regs(file: VcpuFile, regs: KvmRegs) -> None:
     """KVM_SET_REGS; an exception that was about to be injected is forgotten."""
-    file.vcpu.regs = attrs.evolve(regs, rflags=regs.rflags | 2)
-    file.vcpu.exception = ExceptionState()
+    file.part.vcpu.regs = regs.with_(rflags=regs.rflags | 2)
+    file.part.vcpu.exception = ExceptionState()
 
 
 def get_sregs(file: VcpuFile, ptr: Pointer) -> None:
     """KVM_GET_SREGS: with the vector that is being injected, unless the irqchip is in the kernel."""
-    vcpu = file.vcpu
+    vcpu = file.part.vcpu
     bitmap = 0
     if vcpu.interrupt_injected and not vcpu.interrupt_soft and file.vm.irqchip is None:
         bitmap = 1 << vcpu.interrupt_nr
     words = tuple(bitmap >> 64 * n & (1 << 64) - 1 for n in range(4))
-    ptr.write(attrs.evolve(vcpu.sregs, apic_base=vcpu.apic_base, interrupt_bitmap=words).pack())
+    ptr.write(vcpu.sregs.with_(apic_base=vcpu.apic_base, interrupt_bitmap=words).pack())
 
 
 def set_sregs(file: VcpuFile, sregs: KvmSregs) -> None:
     """KVM_SET_SREGS: registers, APIC base, and a vector to inject."""
-    vcpu = file.vcpu
+    vcpu = file.part.vcpu
     try:
         vcpu.write_apic_base(sregs.apic_base, host=True)
     except ValueError as error:

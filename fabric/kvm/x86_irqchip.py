@@ -11,8 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import attrs
-
 from fabric.channel import LineLevel
 from fabric.devices.x86.irqchip import (
     CHIP_IOAPIC,
@@ -214,7 +212,7 @@ def get_irqchip(file: VmFile, ptr: Pointer) -> None:
     else:
         state = KvmPicState(**irqchip.pic.state(given.chip_id))
     packed = state.pack()
-    ptr.write(attrs.evolve(given, chip=packed + given.chip[len(packed) :]).pack())
+    ptr.write(given.with_(chip=packed + given.chip[len(packed) :]).pack())
 
 
 def set_irqchip(file: VmFile, ptr: Pointer) -> None:
@@ -223,9 +221,9 @@ def set_irqchip(file: VmFile, ptr: Pointer) -> None:
     assert irqchip.pic is not None
     assert irqchip.ioapic is not None
     if given.chip_id == CHIP_IOAPIC:
-        irqchip.ioapic.set_state(attrs.asdict(KvmIoapicState.unpack(given.chip[: KvmIoapicState.SIZE])))
+        irqchip.ioapic.set_state(KvmIoapicState.unpack(given.chip).members())
     else:
-        irqchip.pic.set_state(given.chip_id, attrs.asdict(KvmPicState.unpack(given.chip[: KvmPicState.SIZE])))
+        irqchip.pic.set_state(given.chip_id, KvmPicState.unpack(given.chip).members())
 
 
 VM_TABLE = (

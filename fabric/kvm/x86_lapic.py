@@ -30,7 +30,7 @@ _DIRECTED_EOI_ON, _DIRECTED_EOI_OFF = 4, 8
 
 def lapic_of(file: VcpuFile) -> Lapic:
     """The local APIC of a vCPU. KvmError(EINVAL) without one in the kernel."""
-    apic: Lapic | None = file.vcpu.cpu_interface
+    apic: Lapic | None = file.part.vcpu.cpu_interface
     if apic is None:
         raise KvmError(errno.EINVAL, "the VM has no local APICs in the kernel")
     return apic

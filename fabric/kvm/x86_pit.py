@@ -8,8 +8,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-import attrs
-
 from fabric.devices.x86.irqchip import SOURCE_PIT
 from fabric.devices.x86.pit import Pit
 from fabric.errors import KvmError
@@ -84,13 +82,13 @@ def set_pit(file: VmFile, ptr: Pointer) -> None:
     """KVM_SET_PIT."""
     state = KvmPitState.unpack(ptr.read(KvmPitState.SIZE))
     pit = _pit(file)
-    pit.set_state(tuple(attrs.asdict(channel) for channel in state.channels), pit.flags)
+    pit.set_state(tuple(channel.members() for channel in state.channels), pit.flags)
 
 
 def set_pit2(file: VmFile, ptr: Pointer) -> None:
     """KVM_SET_PIT2."""
     state = KvmPitState2.unpack(ptr.read(KvmPitState2.SIZE))
-    _pit(file).set_state(tuple(attrs.asdict(channel) for channel in state.channels), state.flags)
+    _pit(file).set_state(tuple(channel.members() for channel in state.channels), state.flags)
 
 
 def reinject_control(file: VmFile, control: KvmReinjectControl) -> None:

@@ -6,8 +6,6 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from fabric.devices.attributes import Attr, AttrTable, Group
 from fabric.devices.attributes import Pointer as SystemPointer
 from fabric.errors import KvmError
@@ -49,7 +47,7 @@ def set_cpuid2(file: VcpuFile, ptr: Pointer) -> None:
         raise KvmError(errno.E2BIG, f"at most {MAX_CPUID_ENTRIES} entries, not {head.nent}")
     size = KvmCpuidEntry2.SIZE
     data = ptr.read(head.nent * size, KvmCpuid2.SIZE) if head.nent else b""
-    file.vcpu.set_cpuid([KvmCpuidEntry2.unpack(data[n * size : (n + 1) * size]) for n in range(head.nent)])
+    file.part.vcpu.set_cpuid([KvmCpuidEntry2.unpack(data[n * size : (n + 1) * size]) for n in range(head.nent)])
 
 
 def _entries(ptr: Pointer) -> list[KvmMsrEntry]:
@@ -67,7 +65,7 @@ def get_msrs(file: VcpuFile, ptr: Pointer) -> int:
     done = 0
     for done, entry in enumerate(entries):
         try:
-            value = read_msr(file.vcpu, entry.index, host=True)
+            value = read_msr(file.part.vcpu, entry.index, host=True)
         except BadMsr:
             return done
         at = KvmMsrs.SIZE + done * KvmMsrEntry.SIZE
@@ -80,7 +78,7 @@ def set_msrs(file: VcpuFile, ptr: Pointer) -> int:
     entries = _entries(ptr)
     for done, entry in enumerate(entries):
         try:
-            write_msr(file.vcpu, entry.index, entry.data, host=True)
+            write_msr(file.part.vcpu, entry.index, entry.data, host=True)
         except BadMsr:
             return done
     return len(entries)
@@ -89,7 +87,7 @@ def set_msrs(file: VcpuFile, ptr: Pointer) -> int:
 def get_cpuid2(file: VcpuFile, ptr: Pointer) -> None:
     """KVM_GET_CPUID2: E2BIG, with the number there are, for an array that is too short."""
     head = KvmCpuid2.unpack(ptr.read(KvmCpuid2.SIZE))
-    entries = file.vcpu.cpuid
+    entries = file.part.vcpu.cpuid
     if head.nent < len(entries):
         ptr.write(KvmCpuid2(len(entries), head.padding).pack())
         raise KvmError(errno.E2BIG, f"there are {len(entries)} entries, and room for {head.nent}")
@@ -141,7 +139,7 @@ def get_supported_cpuid(_file: Any, ptr: Pointer) -> None:
     if head.nent < len(SUPPORTED_CPUID):
         raise KvmError(errno.E2BIG, f"there are {len(SUPPORTED_CPUID)} entries, and room for {head.nent}")
     if head.nent > MAX_CPUID_ENTRIES:
-        head = attrs.evolve(head, nent=MAX_CPUID_ENTRIES)
+        head = head.with_(nent=MAX_CPUID_ENTRIES)
     entries = b"".join(entry.pack() for entry in SUPPORTED_CPUID)
     ptr.write(KvmCpuid2(len(SUPPORTED_CPUID), head.padding).pack() + entries)
 

@@ -98,6 +98,14 @@ class CStruct:
         except struct_error as error:
             raise ValueError(f"{self!r} does not fit its layout: {error}") from None
 
+    def with_(self, **changes: Any) -> Self:
+        """A copy with some members changed."""
+        return attrs.evolve(self, **changes)  # type: ignore[misc]  # an attrs class, by cstruct
+
+    def members(self) -> dict[str, Any]:
+        """The members by name."""
+        return {name: getattr(self, name) for name in self.OFFSETS}
+
     @classmethod
     def _gather(cls, scalars: Iterator[Any]) -> Self:
         """Group the flat scalars into members."""

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fabric.memory import MmioHandler
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -50,7 +52,7 @@ DEST_SHIFT = 56
 LOW_WRITABLE = 0xFFFF_FFFF & ~(DELIVERY_STATUS | REMOTE_IRR)
 
 
-class Ioapic:
+class Ioapic(MmioHandler):
     """The IOAPIC of a VM.
 
     Args:

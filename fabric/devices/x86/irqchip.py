@@ -12,6 +12,7 @@ from fabric.devices.x86 import ioapic as ioapic_module
 from fabric.devices.x86.apic_bus import ApicBus
 from fabric.devices.x86.ioapic import Ioapic
 from fabric.devices.x86.pic import PORT_ELCR, PORT_MASTER, PORT_SLAVE, Pic
+from fabric.memory import MmioHandler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +130,7 @@ class X86Irqchip:
         self.apics._check()
 
 
-class PicPorts:
+class PicPorts(MmioHandler):
     """A range of ports of the 8259 pair. Only bytes: wider accesses read as 0 and write nothing."""
 
     __slots__ = ("base", "pic")

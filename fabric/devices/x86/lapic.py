@@ -32,6 +32,7 @@ from fabric.devices.x86.apic_bus import (
 )
 from fabric.devices.x86.lapic_timer import LapicTimer
 from fabric.errors import KvmError
+from fabric.memory import MmioHandler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +82,7 @@ class NotWritable(Exception):
     """A register that does not take that value, or no value: #GP in x2APIC mode, ignored in xAPIC mode."""
 
 
-class Lapic:
+class Lapic(MmioHandler):
     """One local APIC; ``vcpu.cpu_interface``.
 
     Attributes that others read: ``line`` (the CPU has something to take), ``irr``, ``isr``, ``tmr``, and what the

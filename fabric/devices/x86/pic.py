@@ -65,6 +65,23 @@ class PicChip:
 
     __slots__ = (*STATE, "first_pin", "open", "pic")
 
+    last_irr: int
+    irr: int
+    imr: int
+    isr: int
+    priority_add: int
+    irq_base: int
+    read_reg_select: int
+    poll: int
+    special_mask: int
+    init_state: int
+    auto_eoi: int
+    rotate_on_auto_eoi: int
+    special_fully_nested_mode: int
+    init4: int
+    elcr: int
+    elcr_mask: int
+
     def __init__(self, pic: Pic, first_pin: int, elcr_mask: int) -> None:
         self.pic = pic
         self.first_pin = first_pin

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fabric.memory import MmioHandler
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -54,6 +56,20 @@ class Channel:
     """One counter; its registers have the names of struct kvm_pit_channel_state."""
 
     __slots__ = (*STATE, "pit")
+
+    count: int
+    latched_count: int
+    count_latched: int
+    status_latched: int
+    status: int
+    read_state: int
+    write_state: int
+    write_latch: int
+    rw_mode: int
+    mode: int
+    bcd: int
+    gate: int
+    count_load_time: int
 
     def __init__(self, pit: Pit, gate: int) -> None:
         self.pit = pit
@@ -143,7 +159,7 @@ class Channel:
         return value << 8 if self.write_state == HIGH else value
 
 
-class Pit:
+class Pit(MmioHandler):
     """The 8254 of a VM.
 
     Args:
@@ -302,7 +318,7 @@ class Pit:
         self._timer.cancel()
 
 
-class SpeakerPort:
+class SpeakerPort(MmioHandler):
     """Port 0x61: gate and output of channel 2."""
 
     __slots__ = ("pit",)
