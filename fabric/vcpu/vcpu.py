@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from fabric.vcpu.exits import Exit
     from fabric.vcpu.guest import Program
 
-_WAITS = {Cpu.compute.__code__, Cpu.wait_for_interrupt.__code__, Host.acquire.__code__}
-"""Where a guest waits for its CPU."""
-
 RUN_AREA_SIZE = 8192
 """KVM_GET_VCPU_MMAP_SIZE: struct kvm_run and the ring of coalesced MMIO, a page each."""
 
@@ -226,7 +223,7 @@ class Vcpu(_HotFields):
         if self._left_at is None:
             return
         assert self.engine is not None
-        if not _waits_for_its_cpu(self._guest):
+        if not _waits_for_its_cpu(self._guest, self.cpu_class):
             raise KvmError(errno.EBUSY, f"the guest of vCPU {self.vcpu_id} waits for something that is not its CPU's")
         self.absent_ns = self.engine.now - self._left_at
         self._left_at = None
@@ -299,10 +296,10 @@ class Vcpu(_HotFields):
             self.entering()
             task.priority = Priority.VCPU
             while True:
-                while self.powered_off:
-                    if self.interrupted:
-                        self._eintr()
-                    await self._power.wait()
+                if self.powered_off:
+                    left = await self._stay_off()
+                    if left is not None:
+                        break
                 if self.interrupted:
                     self._eintr()
                 if self.suspended:
@@ -315,7 +312,8 @@ class Vcpu(_HotFields):
                 if left is not None:
                     break
                 # The program returned: the CPU is off until somebody turns it on, and then starts afresh.
-                self._guest = None
+                guest, self._guest = self._guest, None
+                guest.close()
                 self.powered_off = True
                 if self.host is not None:
                     self.host.release(self)
@@ -344,10 +342,16 @@ class Vcpu(_HotFields):
 
     def interrupt(self) -> None:
         """Have the KVM_RUN under way fail with EINTR, as a signal to its thread would. Without one: nothing."""
+        if self._task is not None:
+            self.interrupted = True
+            self.disturb()
+
+    def disturb(self) -> None:
+        """Have what the KVM_RUN under way waits for end now: there is something to do that is no interrupt to take."""
+        self.disturbed = True
         task = self._task
-        if task is None or self.engine is None or self._power is None:
+        if task is None or self.engine is None:
             return
-        self.disturbed = self.interrupted = True
         waits: Any = task.waits
         if waits is not None and task is not self.engine.current and waits in (self, self._power, self._steal_wait):
             waits.forget(task)
@@ -384,6 +388,15 @@ class Vcpu(_HotFields):
 
     def leaving(self) -> None:
         """KVM_RUN ends."""
+
+    async def _stay_off(self) -> Exit | None:
+        """Wait until it is powered on; an exit to leave KVM_RUN with instead."""
+        assert self._power is not None
+        while self.powered_off:
+            if self.interrupted:
+                self._eintr()
+            await self._power.wait()
+        return None
 
     def _eintr(self) -> None:
         self.interrupted = False
@@ -443,10 +456,11 @@ class Vcpu(_HotFields):
         self._left_at = self.engine.now
 
 
-def _waits_for_its_cpu(guest: Any) -> bool:
+def _waits_for_its_cpu(guest: Any, cpu: type[Cpu]) -> bool:
     """Whether a guest that is blocked in the engine is so in a wait of its CPU (or of the CPU's wait for a host's)."""
+    waits = {cpu.compute.__code__, cpu.wait_for_interrupt.__code__, Host.acquire.__code__}
     place, inner = None, guest
     while inner is not None:
         place, outer = inner, place
         inner = getattr(place, "cr_await", None) or getattr(place, "gi_yieldfrom", None)
-    return bool({getattr(frame, "gi_code", None) for frame in (place, outer)} & _WAITS)
+    return bool({getattr(frame, "gi_code", None) for frame in (place, outer)} & waits)
