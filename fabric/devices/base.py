@@ -80,6 +80,8 @@ class VmServices(Protocol):
     ledger: Ledger
     doorbells: Any
     """The ioeventfds of the MMIO space: ``write(gpa, size, value)`` is true when one took a guest's write."""
+    buses: dict[str, Any]
+    """The ioeventfds of each address space that has had any, ``"pio"`` the port space, as ``doorbells``."""
     events: IrqEvents | None
     ipa_bits: int
     """Width of the guest physical address space (ARM)."""

@@ -208,7 +208,7 @@ class X86(Architecture):
         if irqchip is None:
             vcpu.mp_state = uapi.KVM_MP_STATE_RUNNABLE
         else:
-            Lapic(irqchip.apics, vcpu, None if irqchip.pic is None else irqchip.pic.acknowledge)
+            Lapic(irqchip.apics, vcpu, vcpu.take_external if irqchip.pic is None else irqchip.pic.acknowledge)
         return vcpu, X86VcpuPart(vcpu)
 
     def vcpu_created(self, file: VcpuFile) -> None:

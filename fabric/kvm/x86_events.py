@@ -14,7 +14,7 @@ from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.uapi import x86
 from fabric.uapi.x86 import KvmInterrupt, KvmRegs, KvmSregs, KvmVcpuEvents
-from fabric.vcpu.x86 import ExceptionState
+from fabric.vcpu.x86 import MAX_CR8, ExceptionState
 
 if TYPE_CHECKING:
     from fabric.kvm.vm import VcpuFile, VmFile
@@ -112,8 +112,7 @@ def set_vcpu_events(file: VcpuFile, events: KvmVcpuEvents) -> None:
     vcpu.nmi_injected = bool(events.nmi_injected)
     vcpu.nmi_masked = bool(events.nmi_masked)
     if flags & x86.KVM_VCPUEVENT_VALID_NMI_PENDING:
-        vcpu.nmi_pending = 0
-        vcpu.nmi_queued = events.nmi_pending
+        vcpu.set_nmis(events.nmi_pending)
     if flags & x86.KVM_VCPUEVENT_VALID_SIPI_VECTOR and vcpu.cpu_interface is not None:
         vcpu.sipi_vector = events.sipi_vector
     if smm:
@@ -143,14 +142,12 @@ def interrupt(file: VcpuFile, irq: int) -> None:
     vcpu, irqchip = file.part.vcpu, file.vm.irqchip
     if irqchip is None:
         vcpu.interrupt_injected, vcpu.interrupt_nr, vcpu.interrupt_soft = True, irq, False
-        vcpu.kick()
         return
     if irqchip.pic is not None:
         raise KvmError(errno.ENXIO, "the VM's PIC is in the kernel")
     if vcpu.external_vector is not None:
         raise KvmError(errno.EEXIST, f"vector {vcpu.external_vector} still waits")
-    vcpu.external_vector = irq
-    vcpu.kick()
+    vcpu.receive_external(irq)
 
 
 def get_mp_state(file: VcpuFile, ptr: Pointer) -> None:
@@ -176,7 +173,6 @@ def set_mp_state(file: VcpuFile, state: int) -> None:
         vcpu.sipi_pending = True
     else:
         vcpu.mp_state = state
-    vcpu.kick()
 
 
 def get_regs(file: VcpuFile, ptr: Pointer) -> None:
@@ -197,7 +193,7 @@ def get_sregs(file: VcpuFile, ptr: Pointer) -> None:
     if vcpu.interrupt_injected and not vcpu.interrupt_soft and file.vm.irqchip is None:
         bitmap = 1 << vcpu.interrupt_nr
     words = tuple(bitmap >> 64 * n & (1 << 64) - 1 for n in range(4))
-    ptr.write(vcpu.sregs.with_(apic_base=vcpu.apic_base, interrupt_bitmap=words).pack())
+    ptr.write(vcpu.sregs.with_(cr8=vcpu.cr8, apic_base=vcpu.apic_base, interrupt_bitmap=words).pack())
 
 
 def set_sregs(file: VcpuFile, sregs: KvmSregs) -> None:
@@ -208,11 +204,12 @@ def set_sregs(file: VcpuFile, sregs: KvmSregs) -> None:
     except ValueError as error:
         raise KvmError(errno.EINVAL, str(error)) from None
     vcpu.sregs = sregs
+    if sregs.cr8 <= MAX_CR8:
+        vcpu.cr8 = sregs.cr8
     bitmap = sum(word << 64 * n for n, word in enumerate(sregs.interrupt_bitmap))
     if bitmap and file.vm.irqchip is None:
         vcpu.interrupt_injected, vcpu.interrupt_soft = True, False
         vcpu.interrupt_nr = (bitmap & -bitmap).bit_length() - 1
-        vcpu.kick()
 
 
 def enable_exception_payload(file: VmFile, cap: uapi.KvmEnableCap) -> None:

@@ -84,7 +84,7 @@ def signal_msi(file: VmFile, address_lo: int, address_hi: int, data: int, flags:
 def msi_injector(vm: Vm, address: int, data: int) -> Callable[[], object]:
     """What a signal of an irqfd with this message does."""
     if vm.msis.plain:
-        return partial(apic_bus.deliver_msi, vm.irqchip.apics, address, data)
+        return apic_bus.MsiSender(vm.irqchip.apics, address, data)
     return partial(vm.msis.send_nowait, Msi(address, data, 0))
 
 

@@ -1,29 +1,71 @@
-"""The x86 vCPU: what a guest program sees of it, and the state that a VMM reads and writes."""
+"""The x86 vCPU: the state that a VMM reads and writes, and what KVM_RUN does with it.
+
+What its guest sees is in :mod:`fabric.vcpu.x86_cpu`. What comes for a vCPU and is no interrupt of its local APIC (NMI,
+SMI, INIT, SIPI, what the VMM injects) waits here; the guest is told by :meth:`X86Vcpu.note_event` and sees to it where
+it computes or halts.
+
+**MP states.** An application processor begins UNINITIALIZED. KVM_RUN then waits for an INIT and returns EAGAIN, so
+that the VMM may do something about it (api.run.EAGAIN.wait-sipi); the next one waits for the SIPI (INIT_RECEIVED), at
+which the program begins. A program that returns is as one that halts with IF clear. Without local APICs in the kernel
+all vCPUs run, and the VMM keeps those back that are not to.
+
+**NMIs** are in the ledger: raised when one comes, merged when more wait than can be kept, delivered when the guest
+takes one. Vectors that the VMM injects come from an interrupt controller of its own, and are not.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from collections import deque
+from struct import Struct
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from fabric.devices.x86.lapic import BASE_BSP, BASE_ENABLE, BASE_X2APIC, DEFAULT_BASE
-from fabric.uapi.kvm import KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED
+from fabric.devices.x86.lapic import BASE_BSP, BASE_ENABLE, BASE_X2APIC, DEFAULT_BASE, TPR
+from fabric.errors import KvmError
+from fabric.uapi.kvm import (
+    KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_SIPI_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED,
+    KVM_RUN_CR8,
+    KVM_RUN_READY_FOR_INTERRUPT_INJECTION,
+    KVM_RUN_REQUEST_INTERRUPT_WINDOW,
+    PAGE_SIZE,
+)
 from fabric.uapi.x86 import KvmDtable, KvmRegs, KvmSegment, KvmSregs
-from fabric.vcpu.cpu import Cpu
 from fabric.vcpu.vcpu import Vcpu
+from fabric.vcpu.x86_cpu import NMI_VECTOR, X86Cpu
+from fabric.vcpu.x86_exits import HLT
 
 if TYPE_CHECKING:
     from fabric.clock.engine import Engine
     from fabric.clock.tsc import GuestTsc
     from fabric.devices.base import VmServices
     from fabric.uapi.x86 import KvmCpuidEntry2
+    from fabric.vcpu.exits import Exit
     from fabric.vcpu.x86_pv import Paravirt
 
+CPUID_1_ECX_X2APIC = 1 << 21
+CPUID_1_ECX_TSC_DEADLINE = 1 << 24
 CPUID_7_EBX_TSC_ADJUST = 1 << 1
 CPUID_KVM_FEATURES = 0x4000_0001
-CPUID_1_ECX_X2APIC = 1 << 21
+CPUID_FLAG_INDEXED = 1
+"""KVM_CPUID_FLAG_SIGNIFCANT_INDEX: a leaf with subleaves."""
+RFLAGS_IF = 1 << 9
+RFLAGS_ALWAYS = 1 << 1
+RUN_FLAG_SMM = 1 << 0
+MAX_CR8 = 15
+RUN_AREA_PAGES = 3
+"""struct kvm_run, the data of port accesses, the ring of coalesced MMIO."""
+
 _BASE_RESERVED = 0xFF | 1 << 9 | 0xFFF << 52
-CPUID_1_ECX_TSC_DEADLINE = 1 << 24
+_STOPPED: Final = {KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED}
+"""MP states in which there is no program to run."""
+_TOLD: Final = Struct("<BBHQQ")
+"""What KVM_RUN leaves from ready_for_interrupt_injection on: that, if_flag, flags, cr8, apic_base."""
 
 
 @attrs.frozen
@@ -39,12 +81,6 @@ class ExceptionState:
     payload: int = 0
 
 
-class X86Cpu(Cpu):
-    """What an x86 guest program runs on."""
-
-    __slots__ = ()
-
-
 class X86Vcpu(Vcpu):
     """An x86 vCPU.
 
@@ -54,7 +90,13 @@ class X86Vcpu(Vcpu):
 
     __slots__ = (
         "_apic_base",
+        "_cr8",
+        "_regs",
+        "activity",
+        "awaits_if",
         "cpuid",
+        "ended",
+        "events",
         "exception",
         "external_vector",
         "init_pending",
@@ -63,13 +105,11 @@ class X86Vcpu(Vcpu):
         "interrupt_shadow",
         "interrupt_soft",
         "is_bsp",
-        "mp_state",
         "nmi_injected",
         "nmi_masked",
         "nmi_pending",
         "nmi_queued",
         "pv",
-        "regs",
         "sipi_pending",
         "sipi_vector",
         "smi_pending",
@@ -79,12 +119,15 @@ class X86Vcpu(Vcpu):
         "triple_fault",
         "tsc",
         "unhalted",
+        "window",
     )
 
     cpu_class = X86Cpu
 
     def __init__(self, vm: VmServices, vcpu_id: int, index: int, engine: Engine | None, *, is_bsp: bool) -> None:
         super().__init__(vm, vcpu_id, index, engine)
+        self.run_area = bytearray(RUN_AREA_PAGES * PAGE_SIZE)
+        self.run_view = memoryview(self.run_area)
         self.tsc: GuestTsc
         self.pv: Paravirt
         """Given by whoever makes it, as the VM's vCPUs share what they are made of."""
@@ -92,8 +135,20 @@ class X86Vcpu(Vcpu):
         """It is the boot processor."""
         self._apic_base = DEFAULT_BASE | BASE_ENABLE | (BASE_BSP if is_bsp else 0)
         """MSR_IA32_APICBASE where the VMM has the local APIC."""
+        self._cr8 = 0
+        """The task priority where the VMM has the local APIC."""
         self.cpuid: list[KvmCpuidEntry2] = []
+        self.activity = KVM_MP_STATE_RUNNABLE
+        """Its MP state."""
         self.mp_state = KVM_MP_STATE_RUNNABLE if is_bsp else KVM_MP_STATE_UNINITIALIZED
+        self.events = False
+        """There is something for the guest to see to."""
+        self.awaits_if = False
+        """There is, when it sets IF."""
+        self.window = False
+        """The VMM wants an exit when it can inject an interrupt (kvm_run.request_interrupt_window)."""
+        self.ended: deque[int] = deque()
+        """Vectors that the VMM's IOAPIC has to be told the end of (split irqchip)."""
         self.nmi_pending = 0
         """NMIs that wait, of those that came in :attr:`nmi_queued` as many as can be kept."""
         self.nmi_queued = 0
@@ -106,10 +161,141 @@ class X86Vcpu(Vcpu):
         self.unhalted = False
         self.clear_events()
         self.reset_registers()
+        vm.ledger.add_pending_probe(self._count_nmis)
 
-    def cpuid_leaf(self, function: int) -> KvmCpuidEntry2 | None:
+    # -- KVM_RUN
+
+    def entering(self) -> None:
+        """KVM_RUN begins: what was changed from outside is something to see to.
+
+        Raises:
+            KvmError: EINVAL for a CR8 that cannot be, where it is the VMM's.
+        """
+        apic = self.cpu_interface
+        if apic is None:
+            cr8 = int.from_bytes(self.run_area[KVM_RUN_CR8 : KVM_RUN_CR8 + 8], "little")
+            if cr8 > MAX_CR8:
+                raise KvmError(errno.EINVAL, f"CR8 is 0 to 15, not {cr8}")
+            self._cr8 = cr8
+        elif apic.timer.pending:
+            apic.timer.entering()
+        self.pv.entering()
+        self.interrupt_shadow = 0
+        self.window = bool(self.run_area[KVM_RUN_REQUEST_INTERRUPT_WINDOW]) and not self._pic_in_kernel
+        exception = self.exception
+        if (
+            self.window
+            or self.interrupt_injected
+            or self.nmi_queued
+            or self.nmi_pending
+            or self.nmi_injected
+            or self.smi_pending
+            or self.init_pending
+            or self.ended
+            or self.triple_fault
+            or exception.injected
+            or exception.pending
+            or self.activity != KVM_MP_STATE_RUNNABLE
+        ):
+            self.note_event()
+
+    def leaving(self) -> None:
+        """KVM_RUN ends: what a VMM with a PIC of its own wants to know."""
+        ready = self._pic_in_kernel or self.ready_for_injection
+        flags = RUN_FLAG_SMM if self.smm else 0
+        at = KVM_RUN_READY_FOR_INTERRUPT_INJECTION
+        _TOLD.pack_into(self.run_area, at, ready, self.interrupt_flag, flags, self.cr8, self.apic_base)
+
+    def touch_hardware(self) -> None:
+        """Also when no guest has run."""
+        self.leaving()
+
+    async def _stay_off(self) -> Exit | None:
+        if self.cpu_interface is None:
+            return HLT  # the program has returned
+        assert self._power is not None
+        if self.activity == KVM_MP_STATE_RUNNABLE:
+            self.activity = KVM_MP_STATE_HALTED  # likewise
+        while self.powered_off:
+            if self.interrupted:
+                self._eintr()
+            if not (self.init_pending or self.sipi_pending):
+                await self._power.wait()
+                continue
+            fresh = self.activity == KVM_MP_STATE_UNINITIALIZED
+            self.accept_events()
+            if fresh:
+                raise KvmError(errno.EAGAIN, f"vCPU {self.vcpu_id} has got an INIT and waits for its SIPI")
+        return None
+
+    def note_event(self) -> None:
+        """There is something for the guest to see to before it goes on."""
+        self.events = True
+        self.disturb()
+
+    @property
+    def _pic_in_kernel(self) -> bool:
+        irqchip = self.vm.irqchip
+        return irqchip is not None and irqchip.pic is not None
+
+    @property
+    def ready_for_injection(self) -> bool:
+        """The VMM may inject a vector (KVM_INTERRUPT) that is taken at once."""
+        if not self.interrupt_flag or self.interrupt_injected or self.exception.injected or self.exception.pending:
+            return False
+        return self.cpu_interface is None or bool(self.cpu_interface.takes_extint)
+
+    @property
+    def mp_state(self) -> int:
+        """KVM_MP_STATE_*."""
+        return self.activity
+
+    @mp_state.setter
+    def mp_state(self, state: int) -> None:
+        has_returned = self.powered_off and self.activity == KVM_MP_STATE_HALTED
+        self.activity = state
+        if state in _STOPPED:
+            self.powered_off = True
+        elif not (has_returned and state == KVM_MP_STATE_HALTED):
+            self.power_on()
+
+    # -- registers
+
+    @property
+    def interrupt_flag(self) -> bool:
+        """IF."""
+        return bool(self._regs.rflags & RFLAGS_IF) if self._cpu is None else not self._cpu.masked
+
+    @property
+    def regs(self) -> KvmRegs:
+        """KVM_GET/SET_REGS. Of a guest that runs only IF is real."""
+        flag = RFLAGS_IF if self.interrupt_flag else 0
+        return self._regs.with_(rflags=self._regs.rflags & ~RFLAGS_IF | flag)
+
+    @regs.setter
+    def regs(self, regs: KvmRegs) -> None:
+        self._regs = regs
+        if self._cpu is not None:
+            self._cpu.masked = not regs.rflags & RFLAGS_IF
+
+    @property
+    def cr8(self) -> int:
+        """The task priority, 0 to 15."""
+        return self._cr8 if self.cpu_interface is None else int(self.cpu_interface.tpr >> 4)
+
+    @cr8.setter
+    def cr8(self, value: int) -> None:
+        if self.cpu_interface is None:
+            self._cr8 = value
+        else:
+            self.cpu_interface.write(TPR, value << 4)
+
+    def cpuid_leaf(self, function: int, index: int = 0) -> KvmCpuidEntry2 | None:
         """The CPUID leaf that the VMM gave, or None."""
-        return next((entry for entry in self.cpuid if entry.function == function), None)
+        for entry in self.cpuid:
+            if entry.function == function and (entry.index == index or not entry.flags & CPUID_FLAG_INDEXED):
+                return entry
+        return None
 
     def set_cpuid(self, entries: list[KvmCpuidEntry2]) -> None:
         """KVM_SET_CPUID2."""
@@ -165,35 +351,80 @@ class X86Vcpu(Vcpu):
 
     def clear_events(self) -> None:
         """Nothing is being injected, and nothing waits."""
-        self.exception = ExceptionState()
+        self.forget_exception()
         self.interrupt_injected = self.interrupt_soft = False
         self.interrupt_nr = 0
         self.interrupt_shadow = 0
         self.nmi_injected = self.nmi_masked = False
+        self.vm.ledger.drop("vCPU reset", self._count_nmis())
         self.nmi_pending = self.nmi_queued = 0
         self.smi_pending = False
         self.triple_fault = False
 
+    def forget_exception(self) -> None:
+        """No exception is on its way."""
+        self.exception = ExceptionState()
+
     def reset_registers(self) -> None:
         """As after a reset: the first instruction is at 0xfffffff0 (Intel SDM vol. 3, 10.1.1)."""
         data = KvmSegment(limit=0xFFFF, type=3, present=1, s=1)
-        code = attrs.evolve(data, base=0xFFFF_0000, selector=0xF000, type=0xB)
+        code = data.with_(base=0xFFFF_0000, selector=0xF000, type=0xB)
         table = KvmSegment(limit=0xFFFF, present=1)
-        segments = (code, *(data,) * 5, attrs.evolve(table, type=0xB), attrs.evolve(table, type=2))
+        segments = (code, *(data,) * 5, table.with_(type=0xB), table.with_(type=2))
         tables = (KvmDtable(limit=0xFFFF),) * 2
         self.sregs = KvmSregs(segments=segments, tables=tables, cr0=0x6000_0010)
-        self.regs = KvmRegs(rip=0xFFF0, rflags=2)
+        self.regs = KvmRegs(rip=0xFFF0, rflags=RFLAGS_ALWAYS)
+
+    # -- NMIs
 
     def collect_nmis(self) -> None:
         """Keep as many of the NMIs that came as can be: two, or one while one is injected or they are masked."""
-        limit = 1 if self.nmi_masked or self.nmi_injected else 2
-        self.nmi_pending = min(self.nmi_pending + self.nmi_queued, limit)
+        waiting = self._count_nmis()
+        self.nmi_pending = min(waiting, self._nmi_limit)
         self.nmi_queued = 0
+        self.vm.ledger.coalesced += waiting - self.nmi_pending
+
+    @property
+    def _nmi_limit(self) -> int:
+        return 1 if self.nmi_masked or self.nmi_injected else 2
+
+    def set_nmis(self, count: int) -> None:
+        """KVM_SET_VCPU_EVENTS: so many wait."""
+        ledger = self.vm.ledger
+        ledger.drop("vCPU events replaced", self._count_nmis())
+        ledger.raised += count
+        self.nmi_pending, self.nmi_queued = 0, count
+
+    def take_nmi(self) -> bool:
+        """The guest takes an NMI, if there is one for it; no other until :meth:`end_nmi`."""
+        if self.nmi_injected:
+            self.nmi_injected = False
+        elif self.nmi_pending and not self.nmi_masked:
+            self.nmi_pending -= 1
+            self.vm.ledger.delivered += 1
+            if self.vm.events is not None:
+                self.vm.events.acknowledged(self.index, NMI_VECTOR)
+        else:
+            return False
+        self.nmi_masked = True
+        return True
+
+    def end_nmi(self) -> None:
+        """Its handler has returned (IRET)."""
+        self.nmi_masked = False
+        if self.vm.events is not None:
+            self.vm.events.completed(self.index, NMI_VECTOR)
+
+    def _count_nmis(self) -> int:
+        return self.nmi_pending + self.nmi_queued
+
+    # -- INIT and SIPI
 
     def accept_events(self) -> None:
         """Carry out an INIT and a SIPI that wait, in this order. A SIPI counts only after an INIT."""
         if self.init_pending:
             self.init_pending = False
+            self.restart()
             self.clear_events()
             self.reset_registers()
             if self.cpu_interface is not None:
@@ -202,11 +433,10 @@ class X86Vcpu(Vcpu):
         if self.sipi_pending:
             self.sipi_pending = False
             if self.mp_state == KVM_MP_STATE_INIT_RECEIVED:
-                code = attrs.evolve(
-                    self.sregs.segments[0], selector=self.sipi_vector << 8, base=self.sipi_vector << 12, limit=0xFFFF
-                )
-                self.sregs = attrs.evolve(self.sregs, segments=(code, *self.sregs.segments[1:]))
-                self.regs = attrs.evolve(self.regs, rip=0)
+                vector = self.sipi_vector
+                code = self.sregs.segments[0].with_(selector=vector << 8, base=vector << 12, limit=0xFFFF)
+                self.sregs = self.sregs.with_(segments=(code, *self.sregs.segments[1:]))
+                self.regs = self.regs.with_(rip=0)
                 self.mp_state = KVM_MP_STATE_RUNNABLE
 
     # What the local APIC calls.
@@ -214,27 +444,46 @@ class X86Vcpu(Vcpu):
     def receive_nmi(self) -> None:
         """An NMI."""
         self.nmi_queued += 1
-        self.kick()
+        self.vm.ledger.raised += 1
+        events = self.vm.events
+        if events is not None:
+            tell = events.pending if self._count_nmis() <= self._nmi_limit else events.coalesced
+            tell(self.index, NMI_VECTOR)
+        self.note_event()
 
     def receive_smi(self) -> bool:
         """An SMI; whether the CPU has system management mode."""
+        if not self.vm.options["smm"]:
+            return False
         self.smi_pending = True
-        self.kick()
+        self.note_event()
         return True
 
     def receive_init(self) -> None:
         """An INIT, which cancels a SIPI that waits."""
         self.init_pending = True
         self.sipi_pending = False
-        self.kick()
+        self.note_event()
 
     def receive_sipi(self, vector: int) -> None:
         """A startup IPI."""
         self.sipi_vector = vector
         self.sipi_pending = True
-        self.kick()
+        self.note_event()
 
     def unhalt(self) -> None:
         """A paravirtual wake-up (the remote-read delivery mode)."""
         self.unhalted = True
-        self.kick()
+        self.note_event()
+
+    def receive_external(self, vector: int) -> None:
+        """KVM_INTERRUPT with a split irqchip: the vector that the VMM's PIC gives when this CPU takes an ExtINT."""
+        self.external_vector = vector
+        self.cpu_interface.set_external(True)
+
+    def take_external(self) -> int:
+        """The CPU takes it."""
+        vector, self.external_vector = self.external_vector, None
+        assert vector is not None
+        self.cpu_interface.set_external(False)
+        return vector

@@ -15,7 +15,7 @@ document.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,8 @@ NO_SHORTHAND, SELF, ALL, ALL_BUT_SELF = range(4)
 XAPIC_BROADCAST: Final = 0xFF
 X2APIC_BROADCAST: Final = 0xFFFF_FFFF
 NOBODY: Final = -1
+Shortcut: TypeAlias = "Callable[[Any, Any], object]"
+"""Is given a function and its argument, and None twice when that way ends."""
 LVT0: Final = 0x350
 
 # How the logical destinations of a VM can be looked up.
@@ -128,8 +130,10 @@ class ApicBus:
         "lazy_map",
         "lazy_scan",
         "lazy_timer",
+        "lent",
         "vector_hashing",
         "vm",
+        "watched",
         "x2apic_format",
     )
 
@@ -145,6 +149,8 @@ class ApicBus:
         self.lazy_timer: bool = vm.options["timer_on_entry"]
         """How much of KVM's laziness the host has: what is only done when a vCPU next enters the guest."""
         self.eoi_listeners: list[Callable[[int, Lapic, bool], None]] = []
+        self.watched = -1
+        """The vectors whose ends the listeners want to know, a bit for each; they keep it up to date."""
         self.extint = False
         """The output of the 8259 pair."""
         self.directed_eoi = False
@@ -152,6 +158,8 @@ class ApicBus:
         self.cycle_ns = 1
         """ns a bus cycle of the timers."""
         self._map: ApicMap | None = None
+        self.lent: list[Shortcut] = []
+        """Ways past all look-ups that senders were given; they end when the map changes."""
         self._events: IrqEvents | None = None
         vm.ledger.add_pending_probe(lambda: sum(apic.count_open() for apic in self.apics))
 
@@ -171,7 +179,7 @@ class ApicBus:
     def add(self, apic: Lapic) -> None:
         """A vCPU was created. On a lazy host (``apic_map_lag``) the map does not know before something rebuilds it."""
         if not self.lazy_map:
-            self._map = None
+            self.changed()
         elif self._map is None:
             self._map = ApicMap(self.apics, self.x2apic_format)
         self.apics.append(apic)
@@ -179,6 +187,10 @@ class ApicBus:
     def changed(self) -> None:
         """Ids, modes, logical destinations or enables of a local APIC changed: the map is out of date."""
         self._map = None
+        if self.lent:
+            lent, self.lent = self.lent, []
+            for shortcut in lent:
+                shortcut(None, None)
 
     @property
     def map(self) -> ApicMap:
@@ -326,6 +338,17 @@ class ApicBus:
             return bool(mine & dest)
         return apic.clustered and mine >> 4 == dest >> 4 and bool(mine & dest & 0xF)
 
+    def lend(self, dest: int, vector: int, shortcut: Shortcut) -> None:
+        """Give a sender of fixed, edge-triggered messages to the physical id ``dest`` a way to the one local APIC
+        that has it, for as long as the map stays as it is."""
+        known = self.map
+        if known.physical is None or self._is_broadcast(dest, None, known):
+            return
+        apic = known.physical.get(dest)
+        if apic is not None and apic.sw_enabled:
+            self.lent.append(shortcut)
+            shortcut(apic.accept_edge, vector)
+
     # -- ends of interrupts
 
     def ended(self, vector: int, apic: Lapic, level: bool) -> None:
@@ -343,10 +366,37 @@ class ApicBus:
             apic._check()
 
 
+_NOT_PLAIN_ADDRESS = 1 << 2 | 1 << 3
+"""Logical destination mode, redirection hint."""
+_NOT_PLAIN_DATA = 7 << 8 | 1 << 15
+"""A delivery mode other than fixed, level-triggered."""
+
+
 def msi_destination(address: int, x2apic_format: bool) -> int:
     """The destination in a MSI's 64-bit address: bits 19:12, and with 32-bit ids bits 63:40 as bits 31:8."""
     dest = address >> 12 & 0xFF
     return dest | (address >> 32 & 0xFFFF_FF00) if x2apic_format else dest
+
+
+class MsiSender:
+    """:func:`deliver_msi` bound to its arguments, for a sender that raises the same MSI again and again.
+
+    Who calls it may set ``shortcut``: that is lent a way to the local APIC when there is a shorter one.
+    """
+
+    __slots__ = ("_bus", "_message", "shortcut")
+
+    def __init__(self, bus: ApicBus, address: int, data: int) -> None:
+        self._bus = bus
+        self._message = address, data
+        self.shortcut: Shortcut | None = None
+
+    def __call__(self) -> int:
+        address, data = self._message
+        taken = deliver_msi(self._bus, address, data)
+        if taken == 1 and self.shortcut is not None and not address & _NOT_PLAIN_ADDRESS and not data & _NOT_PLAIN_DATA:
+            self._bus.lend(msi_destination(address, self._bus.x2apic_format), data & 0xFF, self.shortcut)
+        return taken
 
 
 def deliver_msi(bus: ApicBus, address: int, data: int) -> int:

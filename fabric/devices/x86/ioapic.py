@@ -107,6 +107,7 @@ class Ioapic(MmioHandler):
         """Who holds each input high: a bit a source."""
         self.rtc_waiting: list[Any] = []
         """Local APICs that have not ended the clock's last interrupt."""
+        self._watch()
 
     # -- lines
 
@@ -241,7 +242,15 @@ class Ioapic(MmioHandler):
             if not value & LEVEL:
                 # How a guest without directed EOI ends a level: to edge and back.
                 self.redirtbl[pin] &= ~REMOTE_IRR
+        self._watch()
         self._entry_changed(pin, before)
+
+    def _watch(self) -> None:
+        """Only the ends of the vectors in the table are of interest."""
+        watched = 0
+        for entry in self.redirtbl:
+            watched |= 1 << (entry & VECTOR)
+        self.bus.watched = watched
 
     def _entry_changed(self, pin: int, before: int) -> None:
         entry = self.redirtbl[pin]
@@ -270,6 +279,7 @@ class Ioapic(MmioHandler):
         self.id = state["id"]
         self.pad = state["pad"]
         self.redirtbl = list(state["redirtbl"])
+        self._watch()
         self.irr = self.irr_delivered = 0
         self.rtc_waiting = []
         for apic in self.bus.apics:

@@ -82,7 +82,20 @@ class NotWritable(Exception):
     """A register that does not take that value, or no value: #GP in x2APIC mode, ignored in xAPIC mode."""
 
 
-class Lapic(MmioHandler):
+_BIT = tuple(1 << vector for vector in range(256))
+
+
+class _HotFields:
+    """What every interrupt reads and writes of a local APIC. Slots of a base class lie first and together: with
+    hundreds of vCPUs none of them is in the processor's cache when its turn comes."""
+
+    __slots__ = (
+        "_events", "asks_extint", "auto_eoi", "bus", "hw_enabled", "index", "irr", "isr", "kick", "ledger", "line",
+        "ppr", "shown_ppr", "take_extint", "tmr", "tpr",
+    )  # fmt: skip
+
+
+class Lapic(_HotFields, MmioHandler):
     """One local APIC; ``vcpu.cpu_interface``.
 
     Attributes that others read: ``line`` (the CPU has something to take), ``irr``, ``isr``, ``tmr``, and what the
@@ -90,30 +103,16 @@ class Lapic(MmioHandler):
     """
 
     __slots__ = (
-        "_events",
         "arbitrations",
-        "auto_eoi",
         "base",
-        "bus",
         "clustered",
+        "external",
         "flat",
-        "hw_enabled",
         "icr",
-        "index",
-        "irr",
-        "isr",
-        "kick",
         "ldr",
-        "ledger",
-        "line",
         "page",
-        "ppr",
-        "shown_ppr",
         "sw_enabled",
-        "take_extint",
         "timer",
-        "tmr",
-        "tpr",
         "vcpu",
         "x2apic",
         "x2apic_id",
@@ -128,7 +127,9 @@ class Lapic(MmioHandler):
         self.ledger = bus.vm.ledger
         self._events: IrqEvents | None = bus.events
         self.take_extint = take_extint
-        """Reads the vector of the 8259 pair."""
+        """Reads the vector of the 8259 pair, or of the VMM's."""
+        self.asks_extint = self.external = False
+        """There is one for this CPU to take, and: the VMM has given one (KVM_INTERRUPT with a split irqchip)."""
         self.x2apic_id: int = vcpu.vcpu_id
         self.arbitrations = 0
         """How often it was chosen for a message of lowest priority."""
@@ -197,9 +198,16 @@ class Lapic(MmioHandler):
             self.vcpu.unhalt()
         return 1
 
+    def accept_edge(self, vector: int) -> None:
+        """:meth:`accept` of a fixed, edge-triggered message by a local APIC that is on, for senders who know that."""
+        bit = _BIT[vector]
+        if self.tmr & bit:
+            self.tmr ^= bit
+        self.pend(vector)
+
     def pend(self, vector: int) -> None:
         """Set a bit of IRR: an interrupt is raised, or merged into one that waits."""
-        bit = 1 << vector
+        bit = _BIT[vector]
         self.ledger.raised += 1
         if self.irr & bit:
             self.ledger.coalesced += 1
@@ -225,7 +233,8 @@ class Lapic(MmioHandler):
         tpr = self.tpr & 0xFF
         self.ppr = self.shown_ppr = tpr if tpr & 0xF0 >= in_service & 0xF0 else in_service & 0xF0
         was = self.line
-        self.line = self.waits or self.extint
+        self.asks_extint = (self.bus.extint or self.external) and self.takes_extint
+        self.line = self.waits or self.asks_extint
         if self.line and not was:
             self.kick()
 
@@ -235,48 +244,61 @@ class Lapic(MmioHandler):
         return self.hw_enabled and bool(self.irr) and (self.irr.bit_length() - 1) >> 4 > self.ppr >> 4
 
     @property
-    def extint(self) -> bool:
-        """The 8259 pair asks, and LINT0 takes it (or the local APIC is off)."""
-        if not self.bus.extint:
-            return False
-        lint0 = self.word(LVT0)
-        return not self.hw_enabled or (not lint0 & LVT_MASKED and lint0 & MODE_MASK == MODE_EXTINT << MODE_SHIFT)
+    def takes_extint(self) -> bool:
+        """LINT0 is an ExtINT (or the local APIC is off)."""
+        return not self.hw_enabled or self.word(LVT0) & (LVT_MASKED | MODE_MASK) == MODE_EXTINT << MODE_SHIFT
+
+    def set_external(self, waits: bool) -> None:
+        """The VMM's PIC has, or has not any more, an ExtINT for this CPU (KVM_INTERRUPT with a split irqchip)."""
+        self.external = waits
+        self.update()
 
     def take(self) -> int | None:
         """The CPU takes an interrupt: its vector, or None when there is none any more."""
-        if self.bus.extint and self.extint and self.take_extint is not None:
+        if self.asks_extint and self.take_extint is not None:
             return self.take_extint()
-        if not self.waits:
+        irr = self.irr
+        vector = irr.bit_length() - 1
+        if vector >> 4 <= self.ppr >> 4 or not self.hw_enabled:
             self.update()
             return None
-        vector = self.irr.bit_length() - 1
-        bit = 1 << vector
-        self.irr ^= bit
-        if not self.auto_eoi & bit:
-            self.isr |= bit
-            self.ppr = self.shown_ppr = (
-                vector & 0xF0
-            )  # in service with the highest priority: it was above PPR, hence above TPR
-        self.line = self.waits or self.extint
+        bit = _BIT[vector]
+        self.irr = irr ^ bit
         self.ledger.delivered += 1
         if self._events is not None:
             self._events.acknowledged(self.index, vector)
         if self.auto_eoi & bit:
-            self._ended(vector)
+            self.update()
+            self._completed(vector, bit)
+            return vector
+        self.isr |= bit
+        # It was above PPR, hence above TPR; and of those that wait the highest, so that none preempts it.
+        self.ppr = self.shown_ppr = vector & 0xF0
+        self.line = False
         return vector
 
     def eoi(self) -> None:
         """End the interrupt in service with the highest vector; nothing without one."""
-        if not self.isr:
+        isr = self.isr
+        if not isr:
             return
-        vector = self.isr.bit_length() - 1
-        self.isr ^= 1 << vector
-        self.update()
-        self._ended(vector)
+        vector = isr.bit_length() - 1
+        bit = _BIT[vector]
+        self.isr = isr = isr ^ bit
+        if isr:
+            self.update()
+        else:
+            self.ppr = self.shown_ppr = ppr = self.tpr
+            self.line = self.asks_extint or ((self.irr.bit_length() - 1) >> 4 > ppr >> 4 and self.hw_enabled)
+        self._completed(vector, bit)
 
-    def _ended(self, vector: int) -> None:
+    def _completed(self, vector: int, bit: int) -> None:
         if self._events is not None:
             self._events.completed(self.index, vector)
+        if self.bus.watched & bit:
+            self._ended(vector)
+
+    def _ended(self, vector: int) -> None:
         if self.bus.lazy_scan and not self.vcpu.has_run:
             return  # which ends the IOAPIC wants to know is found out at the first entry
         level = bool(self.tmr >> vector & 1)
