@@ -114,6 +114,9 @@ class Architecture(ABC):
         """Whether KVM_SET_GSI_ROUTING may be called."""
         return True
 
+    def rerouted(self, vm: Vm) -> None:  # noqa: B027  # nothing follows from it on most
+        """The VM has another routing table."""
+
     @abstractmethod
     def check_route(self, vm: Vm, route: Route) -> None:
         """KvmError(EINVAL) for a route that this architecture, or the irqchip of this VM, does not have."""

@@ -161,6 +161,7 @@ class Vm:
         """Replace the GSI table; irqfds follow at once."""
         self.routing = table
         self.irqfds.reroute()
+        self.arch.rerouted(self)
 
     def set_irq(self, gsi: int, level: bool, resample: bool = False) -> int:
         """Drive everything ``gsi`` is routed to; what cannot be reached is lost without a sign.

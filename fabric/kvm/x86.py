@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fabric.channel import LineLevel, Msi
     from fabric.kvm.routing import Route
     from fabric.kvm.vm import VcpuFile, Vm, VmFile
+    from fabric.kvm.x86_eoi import IoapicEnds
 
 CAPABILITIES: dict[int, int] = {
     **GENERIC_CAPABILITIES,
@@ -95,6 +96,7 @@ class X86VmPart:
         "directed_eoi",
         "exception_payload",
         "host_time",
+        "ioapic_ends",
         "max_vcpu_id",
         "triple_fault_event",
         "tsc_khz",
@@ -116,6 +118,8 @@ class X86VmPart:
         self.directed_eoi: bool | None = None
         """What KVM_CAP_X2APIC_API said of directed EOI; None: as with a split irqchip."""
         self.exception_payload = self.triple_fault_event = False
+        self.ioapic_ends: IoapicEnds | None = None
+        """With a split irqchip."""
         self.broadcast_quirk_disabled = False
 
 
@@ -224,6 +228,10 @@ class X86(Architecture):
 
     def routing_allowed(self, vm: Vm) -> bool:
         return x86_irqchip.ready(vm)
+
+    def rerouted(self, vm: Vm) -> None:
+        if vm.part.ioapic_ends is not None:
+            vm.part.ioapic_ends.rescan()
 
     def check_route(self, vm: Vm, route: Route) -> None:
         x86_irqchip.check_route(vm, route)

@@ -24,6 +24,7 @@ from fabric.errors import KvmError
 from fabric.kvm import x86_lapic
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Members, Pointer
 from fabric.kvm.routing import MsiRoute, PinRoute, Route, RoutingTable
+from fabric.kvm.x86_eoi import IoapicEnds
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.uapi.x86 import KvmIoapicState, KvmIrqchip, KvmPicState
@@ -80,6 +81,7 @@ def enable_split_irqchip(file: VmFile, cap: uapi.KvmEnableCap) -> None:
     if vm.vcpus:
         raise KvmError(errno.EEXIST, "a split irqchip comes before the vCPUs")
     X86Irqchip(vm, split=True, reserved_pins=pins)
+    vm.part.ioapic_ends = IoapicEnds(vm)
     x86_lapic.apply_x2apic_api(vm)
     vm.set_routing(RoutingTable())
 
