@@ -115,7 +115,8 @@ def test_boards_lists_the_boards(capsys: Captured) -> None:
     assert "arm64-gicv2" in out
 
     assert 0 == main(["boards", "--format", "json"])
-    assert ["arm64-gicv3", "arm64-gicv2"] == [board["name"] for board in json.loads(capsys.readouterr().out)["boards"]]
+    listed = json.loads(capsys.readouterr().out)["boards"]
+    assert ["arm64-gicv3", "arm64-gicv2", "x86-apic", "x86-split"] == [board["name"] for board in listed]
 
 
 def test_boards_takes_the_options_of_every_command(tmp_path: Path, capsys: Captured) -> None:
@@ -202,8 +203,8 @@ def test_all_mistakes_are_told_at_once(scenario: str, tmp_path: Path, capsys: Ca
 
     for sentence in (
         "no-trace: the trace cannot be read: no such file or directory",
-        "board: must be one of arm64-gicv2, arm64-gicv3, not 'arm'",
-        "vcpus: must be an integer from 1 to 512, not 'x'",
+        "board: must be one of arm64-gicv2, arm64-gicv3, x86-apic, x86-split, not 'arm'",
+        "vcpus: must be an integer from 1 to 1024, not 'x'",
         "pcpus: must be an integer from 1 to 4096, not 0",
         "replay.scale: must be a positive number or a fraction such as '1/2', not -1",
         "nonsense: a setting must be KEY=VALUE",

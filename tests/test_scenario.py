@@ -107,7 +107,7 @@ def test_all_problems_are_reported_at_once() -> None:
         [
             "vcpus.q: vcpus has no keys that can be set one by one",
             "board: must be one of arm64-gicv3, x86-apic, not 'arm64-gicv33'; did you mean arm64-gicv3?",
-            "vcpus: must be an integer from 1 to 512, not 0",
+            "vcpus: must be an integer from 1 to 1024, not 0",
             "costs.injection_ns: must be an integer >= 0, not 'x'",
             "costs.eoi_ns: must be an integer >= 0, not -1",
             "costs.exitns: unknown key; did you mean exit_ns?",
@@ -131,8 +131,8 @@ def test_an_unknown_key_with_no_near_name_lists_the_known() -> None:
 @pytest.mark.parametrize(
     ("document", "expected"),
     [
-        ({"vcpus": 1.5}, "vcpus: must be an integer from 1 to 512, not 1.5"),
-        ({"vcpus": "4"}, "vcpus: must be an integer from 1 to 512, not '4'"),
+        ({"vcpus": 1.5}, "vcpus: must be an integer from 1 to 1024, not 1.5"),
+        ({"vcpus": "4"}, "vcpus: must be an integer from 1 to 1024, not '4'"),
         ({"seed": -1}, "seed: must be an integer from 0 to 18446744073709551615, not -1"),
         ({"explore_ties": 1}, "explore_ties: must be true or false, not 1"),
         ({"name": "../x"}, "name: must be a name of letters, digits, '.', '_' and '-', not '../x'"),
@@ -222,7 +222,7 @@ def test_no_document_is_more_than_a_config_error(document: dict[str, Any]) -> No
 
 def test_the_classes_obey_the_same_rules() -> None:
     """Who builds a scenario in Python is told the same, at construction."""
-    with pytest.raises(ValueError, match="vcpus must be an integer from 1 to 512, not 0"):
+    with pytest.raises(ValueError, match="vcpus must be an integer from 1 to 1024, not 0"):
         Scenario(vcpus=0)
     with pytest.raises(ValueError, match=r"exit_ns must be an integer >= 0, not 0\.5"):
         CostTable(exit_ns=0.5)  # type: ignore[arg-type]

@@ -92,6 +92,6 @@ class InterruptDriver(Protocol):
         """The interrupt vector."""
         ...
 
-    def label(self, number: int) -> str:
-        """What the interrupt with the controller's ``number`` is, for reports."""
+    def label(self, number: int, cpu: int) -> str:
+        """What the interrupt with the controller's ``number`` is on CPU number ``cpu``, for reports."""
         ...

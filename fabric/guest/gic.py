@@ -60,6 +60,6 @@ class GicDriver:
         if handler is not None:
             await handler(cpu)
 
-    def label(self, number: int) -> str:
+    def label(self, number: int, cpu: int = 0) -> str:
         """What INTID ``number`` is."""
         return self._labels.get(number, f"INTID {number}")

@@ -284,8 +284,8 @@ class Scenario:
     """In reports and traces."""
     board: str = _key("arm64-gicv3", _text)
     """The machine; ``fabric boards`` lists them."""
-    vcpus: int = _integer(1, 1, 512)
-    """CPUs of the guest; some boards take fewer than 512."""
+    vcpus: int = _integer(1, 1, 1024)
+    """CPUs of the guest; most boards take fewer than 1024."""
     pcpus: int | None = _integer(None, 1, 4096)
     """Physical CPUs the vCPUs share; absent: one for each."""
     slice_ns: int = _integer(4_000_000, 1000)

@@ -85,7 +85,7 @@ class Run:
         scenario, engine = self.scenario, self.engine
         setup = set_up(scenario, self.plan, engine)
         check_faults(scenario.fault, setup)
-        recorder = Recorder(engine, log=log, name=setup.guest.driver.label)
+        recorder = Recorder(engine, banked=setup.machine.banked, log=log, name=setup.guest.driver.label)
         setup.machine.vm.listen(recorder)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(setup.machine.run, name="machine")

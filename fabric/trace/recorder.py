@@ -153,7 +153,7 @@ class Recorder:
 
     ``banked`` is the number of interrupts that every vCPU has for itself (SGIs and PPIs: 32; x86 vectors:
     256): intids below it are told apart by vCPU, those above are one interrupt whichever vCPU takes it.
-    ``name`` says what an intid without a label is.
+    ``name(intid, cpu)`` says what an interrupt without a label is.
     """
 
     __slots__ = ("_add", "_banked", "_clock", "_labels", "_lines", "_name", "origin_ns")
@@ -164,7 +164,7 @@ class Recorder:
         *,
         banked: int = 32,
         log: EventLog | None = None,
-        name: Callable[[int], str] = "interrupt {}".format,
+        name: Callable[[int, int], str] = "interrupt {}".format,
     ) -> None:
         self._clock = clock
         self._banked = banked
@@ -275,8 +275,8 @@ class Recorder:
         return Statistics(total, dict(sorted(sources.items())), dict(sorted(vcpus.items())))
 
     def source_of(self, cpu: int, intid: int) -> str:
-        """The label of an interrupt; without one what ``name(intid)`` says."""
-        return self._labels.get((intid, cpu)) or self._labels.get((intid, None)) or self._name(intid)
+        """The label of an interrupt; without one what ``name(intid, cpu)`` says."""
+        return self._labels.get((intid, cpu)) or self._labels.get((intid, None)) or self._name(intid, cpu)
 
     def active(self) -> int:
         """How many interrupts are acknowledged and not ended now."""

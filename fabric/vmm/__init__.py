@@ -8,11 +8,13 @@ from fabric.vmm.arm64_gicv2 import Arm64Gicv2
 from fabric.vmm.arm64_gicv3 import Arm64Gicv3
 from fabric.vmm.device import BlockDevice, Device, NetworkDevice, RecordedSource
 from fabric.vmm.machine import Machine
+from fabric.vmm.x86_apic import X86Apic
+from fabric.vmm.x86_split import X86Split
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-BOARDS: dict[str, type[Machine]] = {board.name: board for board in (Arm64Gicv3, Arm64Gicv2)}
+BOARDS: dict[str, type[Machine]] = {board.name: board for board in (Arm64Gicv3, Arm64Gicv2, X86Apic, X86Split)}
 """The boards by name."""
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "Machine",
     "NetworkDevice",
     "RecordedSource",
+    "X86Apic",
+    "X86Split",
     "run_guest",
 ]
 

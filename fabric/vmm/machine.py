@@ -29,6 +29,7 @@ from fabric.uapi.kvm import (
     KVM_SYSTEM_EVENT_RESET,
     KvmCreateDevice,
     KvmDeviceAttr,
+    KvmEnableCap,
     KvmIoeventfd,
     KvmIrqfd,
     KvmIrqRouting,
@@ -85,6 +86,10 @@ class Machine:
     """Where the register blocks of devices begin."""
     first_msi_gsi = 0
     """GSIs below it are the board's own."""
+    msi_flags = KVM_MSI_VALID_DEVID
+    """Flags of a message's route."""
+    banked = 32
+    """Numbers of interrupts below it are each vCPU's own."""
     max_vcpus = 1
     max_vectors = 4096
     """MSI-X vectors of all devices together: each takes a GSI route (KVM_CAP_IRQ_ROUTING)."""
@@ -101,19 +106,12 @@ class Machine:
         self.stopped: str | None = None
         """Why the guest ended: ``"shutdown"``, ``"reset"``, or None while it runs."""
         self._scratch = self.user.map(4096)
-        self._routes = 0
+        self._messages = 0
         self._route_entries = bytearray()
         self.system_fd = self.kvm.open()
         self.vm_fd = self.kvm.ioctl(self.system_fd, ioctl.KVM_CREATE_VM, self.machine_type())
-        self._ram = self.user.map(memory_bytes)
-        for slot, start in enumerate(range(0, memory_bytes, SLOT_SIZE)):
-            region = KvmUserspaceMemoryRegion(
-                slot=slot,
-                guest_phys_addr=self.ram_base + start,
-                memory_size=min(SLOT_SIZE, memory_bytes - start),
-                userspace_addr=self._ram + start,
-            )
-            self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_USER_MEMORY_REGION, bytearray(region.pack()))
+        self._map_ram()
+        self.prepare()
         self.vcpu_fds = [self._create_vcpu(number) for number in range(vcpus)]
         self._run_size = self.kvm.ioctl(self.system_fd, ioctl.KVM_GET_VCPU_MMAP_SIZE)
         self._run_areas = [self.kvm.mmap(fd, self._run_size) for fd in self.vcpu_fds]
@@ -136,6 +134,13 @@ class Machine:
         """The argument of KVM_CREATE_VM."""
         return 0
 
+    def ram_regions(self) -> list[tuple[int, int]]:
+        """Where the RAM is: guest physical address and size of each part, from ``ram_base`` up."""
+        return [(self.ram_base, self.memory_bytes)]
+
+    def prepare(self) -> None:
+        """What a VM needs before it has vCPUs."""
+
     def create_vcpu(self, fd: int, number: int) -> None:
         """Initialise a new vCPU."""
 
@@ -154,6 +159,14 @@ class Machine:
         """What CPU 0 of the guest does to start CPU ``number``."""
         raise NotImplementedError
 
+    async def shut_down(self, cpu: Any) -> None:
+        """What the guest does to turn the machine off."""
+        await cpu.system_off()
+
+    def exited(self, number: int, reason: int, area: memoryview) -> bool:
+        """vCPU ``number`` left KVM_RUN for a reason that only this board has; False for one that nobody knows."""
+        return False
+
     # ioctls in one line each.
 
     def create_device(self, kind: int) -> int:
@@ -167,6 +180,26 @@ class Machine:
         self.user.write(self._scratch, value.to_bytes(size, "little"))
         request = KvmDeviceAttr(group=group, attr=attr, addr=self._scratch)
         self.kvm.ioctl(fd, ioctl.KVM_SET_DEVICE_ATTR, bytearray(request.pack()))
+
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """KVM_ENABLE_CAP of the VM."""
+        request = KvmEnableCap(cap=cap, args=(*args, *[0] * (4 - len(args))))
+        self.kvm.ioctl(self.vm_fd, ioctl.KVM_ENABLE_CAP, bytearray(request.pack()))
+
+    def _map_ram(self) -> None:
+        regions = self.ram_regions()
+        last, size = regions[-1]
+        # One stretch of user memory, in which the gaps stay untouched.
+        self._ram = self.user.map(last + size - self.ram_base)
+        parts = [(at, start + size) for start, size in regions for at in range(start, start + size, SLOT_SIZE)]
+        for slot, (start, end) in enumerate(parts):
+            region = KvmUserspaceMemoryRegion(
+                slot=slot,
+                guest_phys_addr=start,
+                memory_size=min(SLOT_SIZE, end - start),
+                userspace_addr=self._ram + start - self.ram_base,
+            )
+            self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_USER_MEMORY_REGION, bytearray(region.pack()))
 
     def _create_vcpu(self, number: int) -> int:
         fd = self.kvm.ioctl(self.vm_fd, ioctl.KVM_CREATE_VCPU, number)
@@ -215,21 +248,34 @@ class Machine:
 
     def gsi_of(self, message: MsiMessage) -> int | None:
         """The GSI that stands for ``message``: by default a route of its own (KVM_SET_GSI_ROUTING)."""
-        gsi = self.first_msi_gsi + self._routes
+        gsi = self.first_msi_gsi + self._messages
+        self._messages += 1
+        self._route_entries += self.msi_route(gsi, message).pack()
+        self.set_routes()
+        return gsi
+
+    def msi_route(self, gsi: int, message: MsiMessage) -> KvmIrqRoutingEntry:
+        """The route of ``gsi`` to ``message``."""
         msi = KvmIrqRoutingMsi(
             address_lo=message.address & 0xFFFF_FFFF,
             address_hi=message.address >> 32,
             data=message.data,
             devid=message.devid,
         )
-        entry = KvmIrqRoutingEntry(
-            gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=KVM_MSI_VALID_DEVID, u=msi.pack().ljust(32, b"\0")
+        return KvmIrqRoutingEntry(
+            gsi=gsi, type=KVM_IRQ_ROUTING_MSI, flags=self.msi_flags, u=msi.pack().ljust(32, b"\0")
         )
-        self._routes += 1
-        self._route_entries += entry.pack()
-        table = bytearray(KvmIrqRouting(nr=self._routes).pack()) + self._route_entries
+
+    def own_routes(self) -> bytes:
+        """Routes of the board's own, beside those of messages: an array of KvmIrqRoutingEntry."""
+        return b""
+
+    def set_routes(self) -> None:
+        """KVM_SET_GSI_ROUTING with all routes there are."""
+        entries = self.own_routes() + self._route_entries
+        count = len(entries) // KvmIrqRoutingEntry.SIZE
+        table = bytearray(KvmIrqRouting(nr=count).pack()) + entries
         self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_GSI_ROUTING, table)
-        return gsi
 
     # Looking inside, as no real VMM could.
 
@@ -300,7 +346,7 @@ class Machine:
             try:
                 await run(fd)
             except KvmError as error:
-                if error.errno == errno.EINTR:
+                if error.errno in (errno.EINTR, errno.EAGAIN):
                     continue
                 raise
             reason = int.from_bytes(area[KVM_RUN_EXIT_REASON : KVM_RUN_EXIT_REASON + 4], "little")
@@ -309,12 +355,13 @@ class Machine:
             elif reason == KVM_EXIT_SYSTEM_EVENT:
                 event = KvmRunSystemEvent.unpack(area[KVM_RUN_EXIT:])
                 self.stopped = "reset" if event.type == KVM_SYSTEM_EVENT_RESET else "shutdown"
-                machine.cancel()
-                return
-            else:
+            elif not self.exited(number, reason, area):
                 raise RuntimeError(
                     f"vCPU {number} left KVM_RUN with exit reason {reason}, which this VMM does not know"
                 )
+            if self.stopped is not None:
+                machine.cancel()
+                return
 
     def _mmio(self, area: memoryview) -> None:
         mmio = KvmRunMmio.unpack(area[KVM_RUN_EXIT:])
