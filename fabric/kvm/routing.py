@@ -25,6 +25,8 @@ from fabric.uapi.kvm import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fabric.kvm.vm import Vm
     from fabric.uapi.codec import CStruct
 
@@ -135,6 +137,12 @@ class RoutingTable:
     def routes(self, gsi: int) -> tuple[Route, ...]:
         """The routes of ``gsi``; none for one that is not in the table, whatever its number."""
         return self._routes.get(gsi, ())
+
+    def items(self) -> Iterator[tuple[int, Route]]:
+        """Every route with its GSI, by ascending GSI."""
+        for gsi, routes in sorted(self._routes.items()):
+            for route in routes:
+                yield gsi, route
 
     def gsi_of_pin(self, irqchip: int, pin: int) -> int | None:
         """The GSI that learns when the interrupt at this input ends."""

@@ -160,8 +160,8 @@ class Vm:
     def set_routing(self, table: RoutingTable) -> None:
         """Replace the GSI table; irqfds follow at once."""
         self.routing = table
-        self.irqfds.reroute()
         self.arch.rerouted(self)
+        self.irqfds.reroute()
 
     def set_irq(self, gsi: int, level: bool, resample: bool = False) -> int:
         """Drive everything ``gsi`` is routed to; what cannot be reached is lost without a sign.

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.clock.tsc import GuestTsc, HostTime, TscSync, VmClock
 from fabric.devices.registry import DEVICE_TYPES
+from fabric.devices.x86.hyperv import Partition, VirtualProcessor
 from fabric.devices.x86.irqchip import SOURCE_RESAMPLE, SOURCE_USERSPACE
 from fabric.devices.x86.lapic import Lapic
 from fabric.errors import KvmError
-from fabric.kvm import vm_fd, x86_clock, x86_events, x86_irqchip, x86_lapic, x86_pit, x86_vcpu
+from fabric.kvm import vm_fd, x86_clock, x86_events, x86_hyperv, x86_irqchip, x86_lapic, x86_pit, x86_vcpu
 from fabric.kvm.arch import GENERIC_CAPABILITIES, Architecture
 from fabric.kvm.dispatch import Ioctl
 from fabric.kvm.routing import PinRoute
@@ -96,6 +97,7 @@ class X86VmPart:
         "directed_eoi",
         "exception_payload",
         "host_time",
+        "hyperv",
         "ioapic_ends",
         "max_vcpu_id",
         "triple_fault_event",
@@ -109,6 +111,7 @@ class X86VmPart:
         self.boot_cpu_id = 0
         self.host_time = HostTime(vm.clock, options["tsc_khz"], options["tsc_start"], options["realtime_start"])
         self.clock = VmClock(self.host_time)
+        self.hyperv = Partition(vm, self.clock) if options["hyperv"] else None
         self.tsc_sync = TscSync(self.host_time)
         self.tsc_khz: int = options["tsc_khz"]
         """Frequency of the TSC of vCPUs to be made."""
@@ -141,7 +144,7 @@ class X86(Architecture):
         "scan_on_entry": False,
         "timer_on_entry": False,
     }
-    system_table = x86_vcpu.SYSTEM_TABLE
+    system_table = (*x86_vcpu.SYSTEM_TABLE, *x86_hyperv.SYSTEM_TABLE)
     vm_table = (
         *x86_irqchip.VM_TABLE,
         *x86_pit.VM_TABLE,
@@ -149,8 +152,15 @@ class X86(Architecture):
         *x86_clock.VM_TABLE,
         *x86_vcpu.VM_TABLE,
         *x86_events.VM_TABLE,
+        *x86_hyperv.VM_TABLE,
     )
-    vcpu_table = (*x86_lapic.VCPU_TABLE, *x86_clock.VCPU_TABLE, *x86_vcpu.VCPU_TABLE, *x86_events.VCPU_TABLE)
+    vcpu_table = (
+        *x86_lapic.VCPU_TABLE,
+        *x86_clock.VCPU_TABLE,
+        *x86_vcpu.VCPU_TABLE,
+        *x86_events.VCPU_TABLE,
+        *x86_hyperv.VCPU_TABLE,
+    )
     mmap_size = 3 * uapi.PAGE_SIZE  # struct kvm_run, port I/O data, the ring of coalesced MMIO
     max_vcpu_ids = MAX_VCPU_IDS
     max_vcpus = MAX_VCPUS
@@ -166,11 +176,7 @@ class X86(Architecture):
             uapi.KVM_CAP_MAX_VCPU_ID: MAX_VCPU_IDS,
             uapi.KVM_CAP_X86_SMM: smm,
             uapi.KVM_CAP_INTR_SHADOW: 1,
-            uapi.KVM_CAP_HYPERV: hyperv,
-            uapi.KVM_CAP_HYPERV_TIME: hyperv,
-            uapi.KVM_CAP_HYPERV_SYNIC: hyperv,
-            uapi.KVM_CAP_HYPERV_SYNIC2: hyperv,
-            uapi.KVM_CAP_HYPERV_EVENTFD: hyperv,
+            **dict.fromkeys(x86_hyperv.CAPABILITIES, hyperv),
             uapi.KVM_CAP_XEN_HVM: xen,
             uapi.KVM_CAP_TSC_CONTROL: int(options["tsc_scaling"]),
             uapi.KVM_CAP_VM_TSC_CONTROL: int(options["tsc_scaling"]),
@@ -208,6 +214,8 @@ class X86(Architecture):
         part: X86VmPart = vm.part
         vcpu.tsc = GuestTsc(part.host_time, part.tsc_sync, part.tsc_khz, scaling=vm.options["tsc_scaling"])
         vcpu.pv = Paravirt(vcpu, part.clock)
+        if part.hyperv is not None:
+            vcpu.hyperv = VirtualProcessor(part.hyperv, vcpu)
         irqchip = vm.irqchip
         if irqchip is None:
             vcpu.mp_state = uapi.KVM_MP_STATE_RUNNABLE
@@ -232,6 +240,7 @@ class X86(Architecture):
     def rerouted(self, vm: Vm) -> None:
         if vm.part.ioapic_ends is not None:
             vm.part.ioapic_ends.rescan()
+        x86_hyperv.routing_changed(vm)
 
     def check_route(self, vm: Vm, route: Route) -> None:
         x86_irqchip.check_route(vm, route)
@@ -243,7 +252,9 @@ class X86(Architecture):
         return x86_irqchip.injector(vm, routes, resample)
 
     def gsi_told(self, vm: Vm, route: Route) -> int | None:
-        return vm.routing.gsi_of_pin(route.irqchip, route.pin) if isinstance(route, PinRoute) else None
+        if isinstance(route, PinRoute):
+            return vm.routing.gsi_of_pin(route.irqchip, route.pin)
+        return x86_hyperv.gsi_told(vm, route)
 
     def on_end(self, vm: Vm, route: Route, ended: Callable[[], None]) -> Callable[[], None]:
         return x86_irqchip.on_end(vm, route, ended)

@@ -21,9 +21,9 @@ from fabric.devices.x86.irqchip import (
     X86Irqchip,
 )
 from fabric.errors import KvmError
-from fabric.kvm import x86_lapic
+from fabric.kvm import x86_hyperv, x86_lapic
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Members, Pointer
-from fabric.kvm.routing import MsiRoute, PinRoute, Route, RoutingTable
+from fabric.kvm.routing import MsiRoute, OtherRoute, PinRoute, Route, RoutingTable
 from fabric.kvm.x86_eoi import IoapicEnds
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
@@ -110,7 +110,7 @@ def drive(vm: Vm, route: Route, level: bool, source: int, *, reported: bool = Fa
         return 1
     if isinstance(route, MsiRoute):
         return x86_lapic.send_msi(vm, route.address, route.data) if level else -1
-    return x86_lapic.send_synic(vm, route) if level else -1
+    return x86_hyperv.send(vm, route) if level else -1
 
 
 def _line(route: PinRoute) -> int:
@@ -146,7 +146,7 @@ def check_route(vm: Vm, route: Route) -> None:
             raise KvmError(errno.EINVAL, f"irqchip {route.irqchip} has no pin {route.pin}")
     elif isinstance(route, MsiRoute):
         x86_lapic.check_msi_address(vm, route.address)
-    elif route.type != uapi.KVM_IRQ_ROUTING_HV_SINT:
+    elif route.type != uapi.KVM_IRQ_ROUTING_HV_SINT or vm.part.hyperv is None:
         raise KvmError(errno.EINVAL, f"x86 has no routes of type {route.type}")
 
 
@@ -159,6 +159,8 @@ def injector(vm: Vm, routes: tuple[Route, ...], resample: bool) -> Callable[[], 
         return partial(vm.lost, "no route")
     if len(routes) == 1 and isinstance(routes[0], MsiRoute):
         return x86_lapic.msi_injector(vm, routes[0].address, routes[0].data)
+    if len(routes) == 1 and isinstance(routes[0], OtherRoute):
+        return partial(x86_hyperv.send, vm, routes[0])
     source = SOURCE_RESAMPLE if resample else SOURCE_USERSPACE
 
     def inject() -> None:
@@ -180,14 +182,10 @@ def deliver_line(vm: Vm, event: LineLevel) -> None:
 def on_end(vm: Vm, route: Route, ended: Callable[[], None]) -> Callable[[], None]:
     """Have ``ended`` called at the end of an interrupt of that input; returns what undoes it."""
     if not isinstance(route, PinRoute):
-        return _nothing
+        return x86_hyperv.on_end(vm, route, ended)
     told = vm.irqchip.notifiers(route.irqchip, route.pin)
     told.append(ended)
     return partial(told.remove, ended)
-
-
-def _nothing() -> None:
-    """A message has no end that anybody is told of."""
 
 
 # -- state

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.devices.attributes import Attr, AttrTable, Group
 from fabric.devices.attributes import Pointer as SystemPointer
+from fabric.devices.x86.hyperv_msrs import HYPERV_MSRS
 from fabric.errors import KvmError
+from fabric.kvm import x86_clock, x86_hyperv
 from fabric.kvm.device_fd import attribute_table
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Pointer
-from fabric.kvm.x86_clock import VCPU_ENABLE_CAP
 from fabric.uapi import ioctl as requests
 from fabric.uapi.kvm import KVM_CAP_MAX_VCPU_ID, KvmEnableCap
 from fabric.uapi.x86 import KvmCpuid2, KvmCpuidEntry2, KvmMsrEntry, KvmMsrs
@@ -94,9 +95,12 @@ def get_cpuid2(file: VcpuFile, ptr: Pointer) -> None:
     ptr.write(KvmCpuid2(len(entries), head.padding).pack() + b"".join(entry.pack() for entry in entries))
 
 
+_VCPU_ENABLE_CAP = {**x86_clock.VCPU_ENABLE_CAP, **x86_hyperv.VCPU_ENABLE_CAP}
+
+
 def enable_cap(_file: VcpuFile, cap: KvmEnableCap) -> None:
     """KVM_ENABLE_CAP of a vCPU."""
-    handler = None if cap.flags else VCPU_ENABLE_CAP.get(cap.cap)
+    handler = None if cap.flags else _VCPU_ENABLE_CAP.get(cap.cap)
     if handler is None:
         raise KvmError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
     handler(_file, cap)
@@ -123,10 +127,11 @@ def set_max_vcpu_id(file: VmFile, cap: KvmEnableCap) -> None:
     part.max_vcpu_id = limit
 
 
-def get_msr_index_list(_file: Any, ptr: Pointer) -> None:
+def get_msr_index_list(file: Any, ptr: Pointer) -> None:
     """KVM_GET_MSR_INDEX_LIST: E2BIG, with the number there are, for an array that is too short."""
     given = int.from_bytes(ptr.read(4), "little")
-    indices = sorted(MSRS)
+    hyperv = file.kvm.arch.options["hyperv"]
+    indices = sorted(index for index, msr in MSRS.items() if msr.listed and (hyperv or index not in HYPERV_MSRS))
     ptr.write(len(indices).to_bytes(4, "little"))
     if given < len(indices):
         raise KvmError(errno.E2BIG, f"there are {len(indices)} MSRs, and room for {given}")

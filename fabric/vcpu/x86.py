@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fabric.clock.engine import Engine
     from fabric.clock.tsc import GuestTsc
     from fabric.devices.base import VmServices
+    from fabric.devices.x86.hyperv import VirtualProcessor
     from fabric.uapi.x86 import KvmCpuidEntry2
     from fabric.vcpu.exits import Exit
     from fabric.vcpu.x86_pv import Paravirt
@@ -99,6 +100,7 @@ class X86Vcpu(Vcpu):
         "events",
         "exception",
         "external_vector",
+        "hyperv",
         "init_pending",
         "interrupt_injected",
         "interrupt_nr",
@@ -131,6 +133,8 @@ class X86Vcpu(Vcpu):
         self.tsc: GuestTsc
         self.pv: Paravirt
         """Given by whoever makes it, as the VM's vCPUs share what they are made of."""
+        self.hyperv: VirtualProcessor | None = None
+        """Likewise; None on a host without Hyper-V."""
         self.is_bsp = is_bsp
         """It is the boot processor."""
         self._apic_base = DEFAULT_BASE | BASE_ENABLE | (BASE_BSP if is_bsp else 0)
@@ -180,6 +184,8 @@ class X86Vcpu(Vcpu):
         elif apic.timer.pending:
             apic.timer.entering()
         self.pv.entering()
+        if self.hyperv is not None:
+            self.hyperv.entering()
         self.interrupt_shadow = 0
         self.window = bool(self.run_area[KVM_RUN_REQUEST_INTERRUPT_WINDOW]) and not self._pic_in_kernel
         exception = self.exception

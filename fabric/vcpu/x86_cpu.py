@@ -37,12 +37,13 @@ from fabric.clock.hosted import Leave
 from fabric.devices.x86.lapic import EOI, MSR_BASE, SELF_IPI, TMCCT, TPR
 from fabric.uapi.kvm import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
 from fabric.uapi.x86 import MSR_IA32_TSC
+from fabric.vcpu import x86_hyperv
 from fabric.vcpu.cpu import Cpu
 from fabric.vcpu.x86_exits import HLT, IRQ_WINDOW_OPEN, SET_TPR, SHUTDOWN, IoapicEoiExit, IoExit
 from fabric.vcpu.x86_msrs import X2APIC_MSRS, BadMsr, read_msr, write_msr
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator, Sequence
 
     from fabric.vcpu.vcpu import Vcpu
     from fabric.vcpu.x86 import X86Vcpu
@@ -187,6 +188,18 @@ class X86Cpu(Cpu):
             write_msr(self._vcpu, index, value & (1 << 64) - 1, host=False)
         except BadMsr:
             raise GeneralProtection(f"wrmsr of {value:#x} to {index:#x}") from None
+        hyperv = self._vcpu.hyperv
+        if hyperv is not None and hyperv.request is not None:
+            await self._leave(x86_hyperv.take_exit(hyperv))
+
+    async def hypercall(self, value: int, input: int = 0, output: int = 0, xmm: Sequence[int] = ()) -> int:
+        """Hyper-V's hypercall with ``value`` in RCX and its parameters in RDX and R8 (``xmm``: and in the 64-bit halves
+        of XMM0 to XMM5); returns RAX. What KVM does not answer by itself is KVM_EXIT_HYPERV.
+
+        Raises:
+            InvalidOpcode: #UD, before the guest has set up the hypercall page.
+        """
+        return await x86_hyperv.hypercall(self, value, input, output, xmm)
 
     def rdtsc(self) -> int:
         """The time stamp counter, which no host has to be asked for."""

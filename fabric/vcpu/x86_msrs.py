@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from fabric.devices.x86 import hyperv_msrs
+from fabric.devices.x86.hyperv_msrs import HYPERV_MSRS
 from fabric.devices.x86.lapic import MSR_BASE, NotWritable
+from fabric.devices.x86.synic import Refused
 from fabric.uapi.x86 import (
     MSR_IA32_APICBASE,
     MSR_IA32_TSC,
@@ -41,14 +44,16 @@ class BadMsr(Exception):
 
 @attrs.frozen
 class Msr:
-    """One MSR: ``read(vcpu)``, and ``write(vcpu, value, host)``, which raises BadMsr for a value it does not take."""
+    """One MSR: ``read(vcpu, host)``, and ``write(vcpu, value, host)``, which raise BadMsr for what it does not take."""
 
     name: str
-    read: Callable[[X86Vcpu], int]
+    read: Callable[[X86Vcpu, bool], int]
     write: Callable[[X86Vcpu, int, bool], None] | None = None
+    listed: bool = True
+    """KVM_GET_MSR_INDEX_LIST has it."""
 
 
-def _read_apic_base(vcpu: X86Vcpu) -> int:
+def _read_apic_base(vcpu: X86Vcpu, host: bool) -> int:
     return vcpu.apic_base
 
 
@@ -75,7 +80,7 @@ def _write_tsc_adjust(vcpu: X86Vcpu, value: int, host: bool) -> None:
         vcpu.tsc.adjust_by_guest(value)
 
 
-def _read_tsc_deadline(vcpu: X86Vcpu) -> int:
+def _read_tsc_deadline(vcpu: X86Vcpu, host: bool) -> int:
     apic = vcpu.cpu_interface
     return 0 if apic is None else int(apic.timer.tsc_deadline)
 
@@ -100,7 +105,7 @@ def _paravirtual(
         else:
             set_(vcpu.pv, value)
 
-    def read(vcpu: X86Vcpu) -> int:
+    def read(vcpu: X86Vcpu, host: bool) -> int:
         hidden = vcpu.pv.enforced and not vcpu.has_pv_feature(feature)
         return 0 if hidden else int(getattr(vcpu.pv, attribute))
 
@@ -123,13 +128,35 @@ def _acknowledge_async_pf(_pv: Paravirt, _value: int) -> None:
     """Nothing is waiting: the host's memory is always there."""
 
 
+def _hyperv(index: int) -> Msr:
+    """An MSR of Hyper-V, on a host that has it."""
+
+    def read(vcpu: X86Vcpu, host: bool) -> int:
+        if vcpu.hyperv is None:
+            raise BadMsr
+        try:
+            return hyperv_msrs.read(vcpu.hyperv, index, host)
+        except Refused as error:
+            raise BadMsr from error
+
+    def write(vcpu: X86Vcpu, value: int, host: bool) -> None:
+        if vcpu.hyperv is None:
+            raise BadMsr
+        try:
+            hyperv_msrs.write(vcpu.hyperv, index, value, host)
+        except Refused as error:
+            raise BadMsr from error
+
+    return Msr(HYPERV_MSRS[index].name, read, write, HYPERV_MSRS[index].listed)
+
+
 _CLOCKSOURCE, _CLOCKSOURCE2, _ASYNC_PF, _STEAL_TIME, _PV_EOI, _POLL_CONTROL, _ASYNC_PF_INT = 0, 3, 4, 5, 6, 12, 14
 """Bits of CPUID leaf 0x40000001 EAX."""
 
 MSRS: dict[int, Msr] = {
-    MSR_IA32_TSC: Msr("MSR_IA32_TSC", lambda vcpu: vcpu.tsc.value, _write_tsc),
+    MSR_IA32_TSC: Msr("MSR_IA32_TSC", lambda vcpu, host: vcpu.tsc.value, _write_tsc),
     MSR_IA32_APICBASE: Msr("MSR_IA32_APICBASE", _read_apic_base, _write_apic_base),
-    MSR_IA32_TSC_ADJUST: Msr("MSR_IA32_TSC_ADJUST", lambda vcpu: vcpu.tsc.adjust, _write_tsc_adjust),
+    MSR_IA32_TSC_ADJUST: Msr("MSR_IA32_TSC_ADJUST", lambda vcpu, host: vcpu.tsc.adjust, _write_tsc_adjust),
     MSR_IA32_TSC_DEADLINE: Msr("MSR_IA32_TSC_DEADLINE", _read_tsc_deadline, _write_tsc_deadline),
     MSR_KVM_WALL_CLOCK: _paravirtual("MSR_KVM_WALL_CLOCK", _CLOCKSOURCE, "wall_clock", Paravirt.set_wall_clock),
     MSR_KVM_SYSTEM_TIME: _paravirtual("MSR_KVM_SYSTEM_TIME", _CLOCKSOURCE, "system_time", Paravirt.set_system_time),
@@ -148,9 +175,10 @@ MSRS: dict[int, Msr] = {
     MSR_KVM_ASYNC_PF_INT: _paravirtual("MSR_KVM_ASYNC_PF_INT", _ASYNC_PF_INT, "async_pf_vector", allowed=0xFF),
     MSR_KVM_ASYNC_PF_ACK: Msr(
         "MSR_KVM_ASYNC_PF_ACK",
-        lambda _vcpu: 0,
+        lambda vcpu, host: 0,
         _paravirtual("", _ASYNC_PF_INT, "async_pf", _acknowledge_async_pf).write,
     ),
+    **{index: _hyperv(index) for index in HYPERV_MSRS},
 }
 """By number."""
 
@@ -165,7 +193,7 @@ def read_msr(vcpu: X86Vcpu, index: int, *, host: bool) -> int:
     msr = MSRS.get(index)
     if msr is None:
         raise BadMsr
-    return msr.read(vcpu)
+    return msr.read(vcpu, host)
 
 
 def write_msr(vcpu: X86Vcpu, index: int, value: int, *, host: bool) -> None:

@@ -91,7 +91,7 @@ class _HotFields:
 
     __slots__ = (
         "_events", "asks_extint", "auto_eoi", "bus", "hw_enabled", "index", "irr", "isr", "kick", "ledger", "line",
-        "ppr", "shown_ppr", "take_extint", "tmr", "tpr",
+        "ppr", "shown_ppr", "synic_ends", "take_extint", "tmr", "tpr",
     )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ class Lapic(_HotFields, MmioHandler):
         "ldr",
         "page",
         "sw_enabled",
+        "tell_synic",
         "timer",
         "vcpu",
         "x2apic",
@@ -135,6 +136,9 @@ class Lapic(_HotFields, MmioHandler):
         """How often it was chosen for a message of lowest priority."""
         self.auto_eoi = 0
         """Vectors that end when they are taken (Hyper-V)."""
+        self.synic_ends = 0
+        """Vectors whose ends the SynIC wants to know."""
+        self.tell_synic: Callable[[int], None] | None = None
         self.timer = LapicTimer(self)
         self.page = bytearray(PAGE_SIZE)
         self.irr = self.isr = self.tmr = self.icr = self.tpr = self.ppr = self.shown_ppr = 0
@@ -269,8 +273,9 @@ class Lapic(_HotFields, MmioHandler):
             self._events.acknowledged(self.index, vector)
         if self.auto_eoi & bit:
             self.update()
-            self._completed(vector, bit)
-            return vector
+            if self._events is not None:
+                self._events.completed(self.index, vector)
+            return vector  # nobody else is told: the guest writes EOM for that
         self.isr |= bit
         # It was above PPR, hence above TPR; and of those that wait the highest, so that none preempts it.
         self.ppr = self.shown_ppr = vector & 0xF0
@@ -295,10 +300,16 @@ class Lapic(_HotFields, MmioHandler):
     def _completed(self, vector: int, bit: int) -> None:
         if self._events is not None:
             self._events.completed(self.index, vector)
-        if self.bus.watched & bit:
+        if (self.bus.watched | self.synic_ends) & bit:
             self._ended(vector)
 
+    def connect_synic(self, ends: int, auto_eoi: int, told: Callable[[int], None]) -> None:
+        """The vectors of the SynIC that is an extension of this: which it wants to know the end of, which have none."""
+        self.synic_ends, self.auto_eoi, self.tell_synic = ends, auto_eoi, told
+
     def _ended(self, vector: int) -> None:
+        if self.synic_ends >> vector & 1 and self.tell_synic is not None:
+            self.tell_synic(vector)
         if self.bus.lazy_scan and not self.vcpu.has_run:
             return  # which ends the IOAPIC wants to know is found out at the first entry
         level = bool(self.tmr >> vector & 1)
