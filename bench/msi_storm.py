@@ -1,9 +1,10 @@
 """msi-storm: interrupts per second through the whole of fabric, beside SimPy and a hand-written loop.
 
-D devices raise MSIs at exponential intervals. In fabric each is a trio task that signals an irqfd; the MSI goes
-(device id, event id) through the ITS to an LPI, is pended by priority, wakes one of V vCPUs, whose guest driver
-acknowledges it (ICC_IAR1_EL1), handles it for 2 µs and ends it (ICC_EOIR1_EL1). The peers (``storm_peers.py``) do the
-same with a dict and a heap. Rounds alternate between the engines, and every run must have the same outcome.
+D devices raise MSIs at exponential intervals. In fabric each is a trio task that signals an irqfd. On the board
+``arm64-gicv3`` the MSI goes (device id, event id) through the ITS to an LPI, is pended by priority, wakes one of V
+vCPUs, whose guest driver acknowledges it (ICC_IAR1_EL1), handles it for 2 µs and ends it (ICC_EOIR1_EL1); on
+``x86-apic`` it goes to a vector of a local APIC, whose vCPU takes it through a gate. The peers (``storm_peers.py``) do
+the same with a dict and a heap. Rounds alternate between the engines, and every run must have the same outcome.
 
 ``python bench/msi_storm.py`` prints a table with ratios; ``--json`` one JSON document.
 """
@@ -16,8 +17,10 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from statistics import median
+from typing import Any
 
 import trio
 from storm_peers import GRID_NS, HANDLER_NS, Outcome, Storm, run_heapq, run_simpy
@@ -25,26 +28,56 @@ from storm_peers import GRID_NS, HANDLER_NS, Outcome, Storm, run_heapq, run_simp
 import fabric
 from fabric.clock import Priority, WaitQueue, current_engine
 from fabric.guest.driver import Vector
-from fabric.vmm import Arm64Gicv3
+from fabric.vmm import BOARDS
 
 SIZES = ((1, 1), (8, 8), (64, 64), (256, 256))
 SETTLE_NS = 1_000_000
 
 
-def run_fabric(storm: Storm) -> tuple[Outcome, float]:
+async def poll_gicv3(cpu: Any) -> None:
+    """A guest with a GICv3: interrupts stay masked."""
+    while True:
+        await cpu.wait_for_interrupt()
+        lpi = cpu.iar1()
+        await cpu.compute(HANDLER_NS)
+        cpu.eoir1(lpi)
+
+
+async def take_vectors(cpu: Any) -> None:
+    """A guest with a local APIC: interrupts come through a gate."""
+
+    async def handler(cpu: Any) -> None:
+        await cpu.compute(HANDLER_NS)
+        cpu.eoi()
+
+    cpu.set_vector(handler)
+    cpu.unmask()
+    while True:
+        await cpu.wait_for_interrupt()
+
+
+GUESTS: dict[str, Callable[[Any], Awaitable[None]]] = {
+    "arm64-gicv3": poll_gicv3,
+    "x86-apic": take_vectors,
+    "x86-split": take_vectors,
+}
+"""By board: how its guest takes interrupts."""
+
+
+def run_fabric(storm: Storm, board: str = "arm64-gicv3") -> tuple[Outcome, float]:
     """``storm`` in fabric: what it did, and the wall seconds it took once the guest was up."""
-    return fabric.run(_storm, storm)
+    return fabric.run(_storm, storm, board)
 
 
-async def _storm(storm: Storm) -> tuple[Outcome, float]:
+async def _storm(storm: Storm, board: str) -> tuple[Outcome, float]:
     engine = current_engine()
-    machine = Arm64Gicv3(storm.vcpus)
+    machine = BOARDS[board](storm.vcpus)
     driver = machine.driver()
     up = trio.Event()
     events: list[list[Callable[[], object]]] = []
 
     async def unused(cpu) -> None:
-        raise AssertionError("interrupts stay masked: the guest polls")
+        raise AssertionError("the guest takes them itself")
 
     async def boot(cpu) -> None:
         await driver.start(cpu)
@@ -60,11 +93,7 @@ async def _storm(storm: Storm) -> tuple[Outcome, float]:
 
     async def guest(cpu) -> None:
         await (boot(cpu) if cpu.number == 0 else driver.start_cpu(cpu))
-        while True:
-            await cpu.wait_for_interrupt()
-            lpi = cpu.iar1()
-            await cpu.compute(HANDLER_NS)
-            cpu.eoir1(lpi)
+        await GUESTS[board](cpu)
 
     start = WaitQueue(engine, "the start of the storm")
     end = WaitQueue(engine, "the end of the storm")
@@ -114,16 +143,14 @@ def timed(run: Callable[[Storm], Outcome]) -> Callable[[Storm], tuple[Outcome, f
     return timing
 
 
-ENGINES = {"fabric": run_fabric, "simpy": timed(run_simpy), "heapq": timed(run_heapq)}
-
-
-def measure(devices: int, vcpus: int, interrupts: int, rounds: int) -> dict[str, float]:
+def measure(devices: int, vcpus: int, interrupts: int, rounds: int, board: str) -> dict[str, float]:
     """One row: interrupts a second of each engine (best round) and the median ratio of the rounds."""
     storm = Storm(devices, vcpus, interrupts)
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+    engines = {"fabric": partial(run_fabric, board=board), "simpy": timed(run_simpy), "heapq": timed(run_heapq)}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
         outcomes = {}
-        for name, run in ENGINES.items():
+        for name, run in engines.items():
             gc.collect()
             outcomes[name], took = run(storm)
             seconds[name].append(took)
@@ -148,14 +175,17 @@ def main() -> None:
     parser.add_argument("--interrupts", type=int, default=200_000, help="MSIs in a run (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each size (default %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("D", "V"), help="this size only, in this process")
+    parser.add_argument("--board", choices=GUESTS, default="arm64-gicv3", help="the machine (default %(default)s)")
     arguments = parser.parse_args()
     if arguments.size:
-        _print([measure(*arguments.size, arguments.interrupts, arguments.rounds)], arguments.json)
+        row = measure(*arguments.size, arguments.interrupts, arguments.rounds, arguments.board)
+        _print([row], arguments.json)
         return
     rows = []
     for devices, vcpus in SIZES:
         # A fresh process: what an earlier size left of the heap would slow down the engine with more objects.
         options = ["--size", str(devices), str(vcpus), "--interrupts", str(arguments.interrupts)]
+        options += ["--board", arguments.board]
         command = [sys.executable, __file__, "--json", "--rounds", str(arguments.rounds), *options]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows += json.loads(output)["sizes"]

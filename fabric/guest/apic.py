@@ -43,7 +43,7 @@ LEAST_PRIORITY = 0xF0
 APIC_BASE = 0xFEE0_0000
 MSR_APIC_BASE, MSR_X2APIC, MSR_TSC_DEADLINE = 0x1B, 0x800, 0x6E0
 BASE_X2APIC, BASE_ENABLE = 1 << 10, 1 << 11
-ID, TPR, SVR, ICR, ICR_HIGH = 0x020, 0x080, 0x0F0, 0x300, 0x310
+TPR, SVR, ICR, ICR_HIGH = 0x080, 0x0F0, 0x300, 0x310
 LVT_TIMER, LVT_LINT0, LVT_LINT1, LVT_ERROR = 0x320, 0x350, 0x360, 0x370
 TIMER_INITIAL, TIMER_DIVIDER = 0x380, 0x3E0
 SVR_ENABLE = 1 << 8
@@ -72,8 +72,10 @@ TRAMPOLINE = 0x8
 
 @attrs.frozen
 class ApicLayout:
-    """Where firmware says the interrupt controllers are."""
+    """What firmware says of the interrupt controllers (ACPI's MADT)."""
 
+    ids: Sequence[int]
+    """For each CPU the id of its local APIC."""
     ioapic: int | None
     """The page of the IOAPIC, or None where there is none."""
     pic: bool
@@ -102,18 +104,17 @@ async def _write_ioapic(cpu: Any, base: int, register: int, value: int) -> None:
 
 
 class ApicDriver:
-    """The APIC driver of one guest; see :class:`fabric.guest.driver.InterruptDriver`. ``cpus``: how many it has."""
+    """The APIC driver of one guest; see :class:`fabric.guest.driver.InterruptDriver`."""
 
-    def __init__(self, layout: ApicLayout, cpus: int) -> None:
+    def __init__(self, layout: ApicLayout) -> None:
         self.layout = layout
-        self.cpus = cpus
+        self._ids = layout.ids
+        cpus = len(layout.ids)
         self._actions: list[dict[int, Handler]] = [{} for _ in range(cpus)]
         """For each CPU: vector to handler."""
         self._labels: dict[tuple[int, int], str] = {}
         """By CPU and vector."""
         self._ipi_labels = {IPI_VECTOR: "IPI"}
-        self._ids: list[int] = [0] * cpus
-        """For each CPU the id of its local APIC."""
         self._x2apic = self._tsc_deadline = self._long_ids = False
         self._tsc_khz = self._bus_khz = 0
         self._timers: list[tuple[int, Handler] | None] = [None] * cpus
@@ -146,13 +147,10 @@ class ApicDriver:
 
     async def start_cpu(self, cpu: Any) -> None:
         """This CPU's local APIC: on, its inputs masked, all priorities open."""
-        number = cpu.number
         if self._x2apic:
             base = await cpu.rdmsr(MSR_APIC_BASE)
             await cpu.wrmsr(MSR_APIC_BASE, base | BASE_ENABLE)
             await cpu.wrmsr(MSR_APIC_BASE, base | BASE_ENABLE | BASE_X2APIC)
-        identity = await self._read(cpu, ID)
-        self._ids[number] = identity if self._x2apic else identity >> 24
         await self._write(cpu, SVR, SVR_ENABLE | SPURIOUS_VECTOR)
         await self._write(cpu, TPR, 0)
         for entry in (LVT_LINT0, LVT_LINT1):
@@ -161,11 +159,6 @@ class ApicDriver:
         cpu.set_vector(self.handle)
 
     # Registers.
-
-    async def _read(self, cpu: Any, offset: int) -> int:
-        if self._x2apic:
-            return int(await cpu.rdmsr(MSR_X2APIC + (offset >> 4)))
-        return int(await cpu.load(APIC_BASE + offset, 4))
 
     async def _write(self, cpu: Any, offset: int, value: int) -> None:
         if self._x2apic:

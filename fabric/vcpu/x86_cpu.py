@@ -134,6 +134,7 @@ class X86Cpu(Cpu):
                 yield from self._leave(HLT)
                 if self._vcpu.disturbed:
                     yield from self._attend()
+                vcpu, interface = self._vcpu, self._controller
             else:
                 if vcpu.host is not None:
                     vcpu.host.release(vcpu)
@@ -158,12 +159,37 @@ class X86Cpu(Cpu):
                 vcpu.activity = KVM_MP_STATE_RUNNABLE
                 if vcpu.wakeup_ns:
                     yield from self._spend(vcpu.wakeup_ns)
+                    vcpu, interface = self._vcpu, self._controller
                 elif vcpu.host is not None:
                     yield from self._schedule_in()
-        if not self.masked:
-            yield from self._take_interrupts()
+                    vcpu, interface = self._vcpu, self._controller
+        if self.masked:
+            return
+        while interface.line:
+            if vcpu.disturbed or (vcpu.host is not None and vcpu.pcpu is None):
+                yield from self._schedule_in()
+                vcpu, interface = self._vcpu, self._controller
+                continue
+            self.masked = True
+            if self._injection_ns:
+                yield from self._spend(self._injection_ns)
+                interface = self._controller
+            vector = interface.take()
+            if vector is not None:  # it may be gone by now
+                handler: Any = self._gates.get(vector, self._vector)
+                if handler is None:
+                    yield from self._enter_gate(vector)
+                else:
+                    outer, self.vector = self.vector, vector
+                    yield from handler(self)
+                    self.vector = outer
+            self.masked = False
+            vcpu, interface = self._vcpu, self._controller
+            if vcpu.awaits_if:
+                vcpu.note_event()
 
     hlt = wait_for_interrupt
+    _take_interrupts = wait_for_interrupt  # for one that is there it does not wait
 
     # Registers.
 
@@ -296,33 +322,6 @@ class X86Cpu(Cpu):
 
     def _no_apic(self) -> NoReturn:
         raise RuntimeError("the VMM has this CPU's local APIC: its EOI register is in memory")
-
-    @types.coroutine
-    def _take_interrupts(self) -> Generator[Any, Any, None]:
-        vcpu = self._vcpu
-        interface = self._controller
-        while interface.line:
-            if vcpu.disturbed or (vcpu.host is not None and vcpu.pcpu is None):
-                yield from self._schedule_in()
-                vcpu, interface = self._vcpu, self._controller
-                continue
-            self.masked = True
-            if self._injection_ns:
-                yield from self._spend(self._injection_ns)
-                interface = self._controller
-            vector = interface.take()
-            if vector is not None:  # it may be gone by now
-                handler: Any = self._gates.get(vector, self._vector)
-                if handler is None:
-                    yield from self._enter_gate(vector)
-                else:
-                    outer, self.vector = self.vector, vector
-                    yield from handler(self)
-                    self.vector = outer
-            self.masked = False
-            vcpu, interface = self._vcpu, self._controller
-            if vcpu.awaits_if:
-                vcpu.note_event()
 
     @types.coroutine
     def _enter_gate(self, vector: int) -> Generator[Any, Any, None]:

@@ -83,8 +83,8 @@ class X86Machine(Machine):
     max_vectors = KVM_MAX_IRQ_ROUTES - PIN_ROUTES
     msi_flags = 0
     banked = 256
-    layout: ApicLayout
-    """What the firmware of the board tells its guest."""
+    has_pic = False
+    """There is an 8259 pair."""
 
     @classmethod
     def least_memory(cls, vcpus: int) -> int:
@@ -104,7 +104,7 @@ class X86Machine(Machine):
 
     def driver(self) -> ApicDriver:
         """An APIC driver."""
-        return ApicDriver(self.layout, len(self.vcpu_fds))
+        return ApicDriver(ApicLayout(range(len(self.vcpu_fds)), IOAPIC_BASE, self.has_pic))
 
     def use_long_ids(self) -> None:
         """Local APICs have ids of 32 bits, for more than 255 vCPUs."""

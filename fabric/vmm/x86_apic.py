@@ -5,7 +5,6 @@ A wire is a GSI: GSI n is input n of the IOAPIC and, below 16, of the 8259 pair 
 
 from __future__ import annotations
 
-from fabric.guest.apic import ApicLayout
 from fabric.uapi import ioctl
 from fabric.uapi.kvm import (
     KVM_IRQ_ROUTING_IRQCHIP,
@@ -20,7 +19,7 @@ from fabric.uapi.x86 import (
     KVM_IRQCHIP_PIC_SLAVE,
     KvmPitConfig,
 )
-from fabric.vmm.x86 import IOAPIC_BASE, X86Machine
+from fabric.vmm.x86 import X86Machine
 
 
 def _pin(gsi: int, irqchip: int, pin: int) -> bytes:
@@ -42,7 +41,7 @@ class X86Apic(X86Machine):
     """Local APICs, IOAPIC, PIC and PIT in the kernel, x2APIC, TSC deadline timers; MSIs name CPU and vector."""
 
     name = "x86-apic"
-    layout = ApicLayout(IOAPIC_BASE, pic=True)
+    has_pic = True
 
     def prepare(self) -> None:
         """The irqchip and the PIT: both come before the vCPUs."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fabric.guest.apic import PIN_LEVEL, ApicLayout
+from fabric.guest.apic import PIN_LEVEL
 from fabric.uapi.kvm import KVM_CAP_SPLIT_IRQCHIP, KVM_EXIT_IOAPIC_EOI, KVM_MAX_IRQ_ROUTES, KVM_RUN_EXIT
 from fabric.uapi.x86 import KVM_IOAPIC_NUM_PINS
 from fabric.vmm.ioapic import SIZE, UserIoapic
@@ -23,7 +23,6 @@ class X86Split(X86Machine):
 
     name = "x86-split"
     max_vectors = KVM_MAX_IRQ_ROUTES - KVM_IOAPIC_NUM_PINS
-    layout = ApicLayout(IOAPIC_BASE, pic=False)
 
     def __init__(self, vcpus: int, memory_bytes: int = 1 << 30, **options: Any) -> None:
         super().__init__(vcpus, memory_bytes, **options)

@@ -205,9 +205,19 @@ class Lapic(_HotFields, MmioHandler):
     def accept_edge(self, vector: int) -> None:
         """:meth:`accept` of a fixed, edge-triggered message by a local APIC that is on, for senders who know that."""
         bit = _BIT[vector]
-        if self.tmr & bit:
-            self.tmr ^= bit
-        self.pend(vector)
+        irr = self.irr
+        if self.tmr:
+            self.tmr &= ~bit
+        if irr & bit:
+            self.pend(vector)
+            return
+        self.ledger.raised += 1
+        self.irr = irr | bit
+        if self._events is not None:
+            self._events.pending(self.index, vector)
+        if not self.line and vector >> 4 > self.ppr >> 4:
+            self.line = True
+            self.kick()
 
     def pend(self, vector: int) -> None:
         """Set a bit of IRR: an interrupt is raised, or merged into one that waits."""
@@ -261,11 +271,10 @@ class Lapic(_HotFields, MmioHandler):
         """The CPU takes an interrupt: its vector, or None when there is none any more."""
         if self.asks_extint and self.take_extint is not None:
             return self.take_extint()
+        if not self.line:
+            return None
         irr = self.irr
         vector = irr.bit_length() - 1
-        if vector >> 4 <= self.ppr >> 4 or not self.hw_enabled:
-            self.update()
-            return None
         bit = _BIT[vector]
         self.irr = irr ^ bit
         self.ledger.delivered += 1
@@ -293,14 +302,11 @@ class Lapic(_HotFields, MmioHandler):
         if isr:
             self.update()
         else:
-            self.ppr = self.shown_ppr = ppr = self.tpr
-            self.line = self.asks_extint or ((self.irr.bit_length() - 1) >> 4 > ppr >> 4 and self.hw_enabled)
-        self._completed(vector, bit)
-
-    def _completed(self, vector: int, bit: int) -> None:
+            self.ppr = self.shown_ppr = self.tpr
+            self.line = self.waits or self.asks_extint if self.irr else self.asks_extint
         if self._events is not None:
             self._events.completed(self.index, vector)
-        if (self.bus.watched | self.synic_ends) & bit:
+        if self.bus.watched & bit or self.synic_ends & bit:
             self._ended(vector)
 
     def connect_synic(self, ends: int, auto_eoi: int, told: Callable[[int], None]) -> None:
