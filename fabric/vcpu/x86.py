@@ -186,6 +186,8 @@ class X86Vcpu(Vcpu):
         self.pv.entering()
         if self.hyperv is not None:
             self.hyperv.entering()
+        if self.init_pending and not self.smm and self.activity != KVM_MP_STATE_UNINITIALIZED:
+            self.accept_events()
         self.interrupt_shadow = 0
         self.window = bool(self.run_area[KVM_RUN_REQUEST_INTERRUPT_WINDOW]) and not self._pic_in_kernel
         exception = self.exception
@@ -196,7 +198,6 @@ class X86Vcpu(Vcpu):
             or self.nmi_pending
             or self.nmi_injected
             or self.smi_pending
-            or self.init_pending
             or self.ended
             or self.triple_fault
             or exception.injected

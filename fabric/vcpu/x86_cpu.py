@@ -43,7 +43,7 @@ from fabric.vcpu.x86_exits import HLT, IRQ_WINDOW_OPEN, SET_TPR, SHUTDOWN, Ioapi
 from fabric.vcpu.x86_msrs import X2APIC_MSRS, BadMsr, read_msr, write_msr
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 
     from fabric.vcpu.vcpu import Vcpu
     from fabric.vcpu.x86 import X86Vcpu
@@ -278,11 +278,21 @@ class X86Cpu(Cpu):
             return
         await self._leave(IoExit(port, size, value))
 
-    async def load(self, gpa: int, size: int) -> int:
+    def load(self, gpa: int, size: int) -> Coroutine[Any, Any, int]:
         """As the base class; the page of this CPU's local APIC is its own."""
+        return self._load_apic(gpa, size) if self._in_apic_page(gpa) else super().load(gpa, size)
+
+    def store(self, gpa: int, size: int, value: int) -> Coroutine[Any, Any, None]:
+        """As the base class; the page of this CPU's local APIC is its own."""
+        return self._store_apic(gpa, size, value) if self._in_apic_page(gpa) else super().store(gpa, size, value)
+
+    # Inside.
+
+    def _in_apic_page(self, gpa: int) -> bool:
         apic = self._apic
-        if apic is None or gpa >> 12 != apic.base >> 12 or self._vcpu.vm.memory.is_backed(gpa, size):
-            return await super().load(gpa, size)
+        return apic is not None and gpa >> 12 == apic.base >> 12 and not self._vcpu.vm.memory.is_backed(gpa, 1)
+
+    async def _load_apic(self, gpa: int, size: int) -> int:
         if gpa & 0xFFF not in _OFFSETS_WITHOUT_EXIT:
             await self._exit()
         apic = self._apic
@@ -291,12 +301,7 @@ class X86Cpu(Cpu):
         value: int = apic.mmio_read(gpa & 0xFFF, size, self._vcpu)
         return value
 
-    async def store(self, gpa: int, size: int, value: int) -> None:
-        """As the base class; the page of this CPU's local APIC is its own."""
-        apic = self._apic
-        if apic is None or gpa >> 12 != apic.base >> 12 or self._vcpu.vm.memory.is_writable(gpa, size):
-            await super().store(gpa, size, value)
-            return
+    async def _store_apic(self, gpa: int, size: int, value: int) -> None:
         offset = gpa & 0xFFF
         if offset not in _OFFSETS_WITHOUT_EXIT:
             await self._exit()
@@ -308,8 +313,6 @@ class X86Cpu(Cpu):
             await self._tell_ends()
         else:
             apic.mmio_write(offset, size, value & (1 << 8 * size) - 1, self._vcpu)
-
-    # Inside.
 
     async def _exit(self) -> None:
         """Leave the guest and enter it again."""
@@ -333,6 +336,7 @@ class X86Cpu(Cpu):
             handler = gates.get(vector)
         while handler is None:
             yield from self._leave(SHUTDOWN)
+        self._vcpu.activity = KVM_MP_STATE_RUNNABLE
         masked, outer = self.masked, self.vector
         self.masked, self.vector = True, vector
         yield from handler(self)
@@ -394,7 +398,6 @@ class X86Cpu(Cpu):
                 vcpu.activity = KVM_MP_STATE_RUNNABLE
                 yield from self._exit()
             elif vcpu.take_nmi():
-                vcpu.activity = KVM_MP_STATE_RUNNABLE
                 yield from self._enter_gate(NMI_VECTOR)
                 self._vcpu.end_nmi()
             elif vcpu.window and vcpu.ready_for_injection:
