@@ -63,9 +63,11 @@ class ReferenceTsc:
         self._basis: tuple[int, int, int] | None = None
 
     def write(self, value: int, host: bool) -> None:
-        """HV_X64_MSR_REFERENCE_TSC."""
+        """HV_X64_MSR_REFERENCE_TSC. A guest enters again when it has written it."""
         self.msr = value
         self.status = UNSET if not value & HV_ENABLE else CHANGED if host else CHANGED_BY_GUEST
+        if not host:
+            self.update()
 
     def in_force(self) -> bool:
         """Whether the reference time is what the page says. It is not any more when TSC or clock were set."""
