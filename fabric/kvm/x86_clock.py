@@ -145,14 +145,14 @@ def enforce_pv(file: VcpuFile, cap: KvmEnableCap) -> None:
 
 
 VM_TABLE: tuple[Ioctl, ...] = (
-    Ioctl(requests.KVM_GET_CLOCK, POINTER, get_clock),
-    Ioctl(requests.KVM_SET_CLOCK, KvmClockData, set_clock),
-    Ioctl(requests.KVM_SET_TSC_KHZ, VALUE, vm_set_tsc_khz),
-    Ioctl(requests.KVM_GET_TSC_KHZ, VALUE, vm_get_tsc_khz),
+    Ioctl(requests.KVM_GET_CLOCK, POINTER, get_clock, "api.get-clock"),
+    Ioctl(requests.KVM_SET_CLOCK, KvmClockData, set_clock, "api.set-clock"),
+    Ioctl(requests.KVM_SET_TSC_KHZ, VALUE, vm_set_tsc_khz, "api.set-tsc-khz"),
+    Ioctl(requests.KVM_GET_TSC_KHZ, VALUE, vm_get_tsc_khz, "api.get-tsc-khz"),
 )
 VCPU_TABLE: tuple[Ioctl, ...] = (
-    Ioctl(requests.KVM_SET_TSC_KHZ, VALUE, set_tsc_khz),
-    Ioctl(requests.KVM_GET_TSC_KHZ, VALUE, get_tsc_khz),
+    Ioctl(requests.KVM_SET_TSC_KHZ, VALUE, set_tsc_khz, "api.set-tsc-khz"),
+    Ioctl(requests.KVM_GET_TSC_KHZ, VALUE, get_tsc_khz, "api.get-tsc-khz"),
     Ioctl(requests.KVM_KVMCLOCK_CTRL, VALUE, kvmclock_ctrl),
     *attribute_table(lambda file: file.part),
 )

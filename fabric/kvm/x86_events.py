@@ -227,7 +227,7 @@ VCPU_TABLE = (
     Ioctl(requests.KVM_GET_VCPU_EVENTS, POINTER, get_vcpu_events),
     Ioctl(requests.KVM_SET_VCPU_EVENTS, KvmVcpuEvents, set_vcpu_events),
     Ioctl(requests.KVM_NMI, VALUE, nmi),
-    Ioctl(requests.KVM_SMI, VALUE, smi),
+    Ioctl(requests.KVM_SMI, VALUE, smi, "api.smi"),
     Ioctl(requests.KVM_INTERRUPT, Members(KvmInterrupt), interrupt),
     Ioctl(requests.KVM_GET_MP_STATE, POINTER, get_mp_state),
     Ioctl(requests.KVM_SET_MP_STATE, Members(uapi.KvmMpState), set_mp_state),

@@ -227,11 +227,11 @@ def set_irqchip(file: VmFile, ptr: Pointer) -> None:
 
 
 VM_TABLE = (
-    Ioctl(requests.KVM_CREATE_IRQCHIP, VALUE, create_irqchip),
-    Ioctl(requests.KVM_GET_IRQCHIP, POINTER, get_irqchip),
-    Ioctl(requests.KVM_SET_IRQCHIP, POINTER, set_irqchip),
-    Ioctl(requests.KVM_IRQ_LINE, Members(uapi.KvmIrqLevel), irq_line),
-    Ioctl(requests.KVM_IRQ_LINE_STATUS, POINTER, irq_line_status),
+    Ioctl(requests.KVM_CREATE_IRQCHIP, VALUE, create_irqchip, "api.create-irqchip"),
+    Ioctl(requests.KVM_GET_IRQCHIP, POINTER, get_irqchip, "api.get-irqchip"),
+    Ioctl(requests.KVM_SET_IRQCHIP, POINTER, set_irqchip, "api.set-irqchip"),
+    Ioctl(requests.KVM_IRQ_LINE, Members(uapi.KvmIrqLevel), irq_line, "api.irq-line"),
+    Ioctl(requests.KVM_IRQ_LINE_STATUS, POINTER, irq_line_status, "api.irq-line-status"),
 )
 VCPU_TABLE: tuple[Ioctl, ...] = ()
 ENABLE_CAP: dict[int, Callable[[VmFile, uapi.KvmEnableCap], None]] = {

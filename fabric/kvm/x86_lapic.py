@@ -136,10 +136,10 @@ def set_bus_cycle(file: VmFile, cap: uapi.KvmEnableCap) -> None:
     vm.irqchip.apics.cycle_ns = cycle
 
 
-VM_TABLE = (Ioctl(requests.KVM_SIGNAL_MSI, Members(uapi.KvmMsi), signal_msi),)
+VM_TABLE = (Ioctl(requests.KVM_SIGNAL_MSI, Members(uapi.KvmMsi), signal_msi, "api.signal-msi"),)
 VCPU_TABLE = (
-    Ioctl(requests.KVM_GET_LAPIC, POINTER, get_lapic),
-    Ioctl(requests.KVM_SET_LAPIC, POINTER, set_lapic),
+    Ioctl(requests.KVM_GET_LAPIC, POINTER, get_lapic, "api.get-lapic"),
+    Ioctl(requests.KVM_SET_LAPIC, POINTER, set_lapic, "api.set-lapic"),
 )
 ENABLE_CAP: dict[int, Callable[[VmFile, uapi.KvmEnableCap], None]] = {
     uapi.KVM_CAP_X2APIC_API: enable_x2apic_api,

@@ -102,12 +102,12 @@ def reinject_control(file: VmFile, control: KvmReinjectControl) -> None:
 
 VM_TABLE: tuple[Ioctl, ...] = (
     Ioctl(requests.KVM_CREATE_PIT, VALUE, create_pit),
-    Ioctl(requests.KVM_CREATE_PIT2, KvmPitConfig, create_pit2),
+    Ioctl(requests.KVM_CREATE_PIT2, KvmPitConfig, create_pit2, "api.create-pit2"),
     Ioctl(requests.KVM_GET_PIT, POINTER, get_pit),
-    Ioctl(requests.KVM_GET_PIT2, POINTER, get_pit2),
+    Ioctl(requests.KVM_GET_PIT2, POINTER, get_pit2, "api.get-pit2"),
     Ioctl(requests.KVM_SET_PIT, POINTER, set_pit),
-    Ioctl(requests.KVM_SET_PIT2, POINTER, set_pit2),
-    Ioctl(requests.KVM_REINJECT_CONTROL, KvmReinjectControl, reinject_control),
+    Ioctl(requests.KVM_SET_PIT2, POINTER, set_pit2, "api.set-pit2"),
+    Ioctl(requests.KVM_REINJECT_CONTROL, KvmReinjectControl, reinject_control, "api.reinject-control"),
 )
 VCPU_TABLE: tuple[Ioctl, ...] = ()
 ENABLE_CAP: dict[int, Callable[[VmFile, KvmEnableCap], None]] = {}

@@ -192,7 +192,7 @@ VM_TABLE: tuple[Ioctl, ...] = (Ioctl(requests.KVM_SET_BOOT_CPU_ID, VALUE, set_bo
 VCPU_TABLE: tuple[Ioctl, ...] = (
     Ioctl(requests.KVM_SET_CPUID2, POINTER, set_cpuid2),
     Ioctl(requests.KVM_GET_CPUID2, POINTER, get_cpuid2),
-    Ioctl(requests.KVM_ENABLE_CAP, KvmEnableCap, enable_cap),
+    Ioctl(requests.KVM_ENABLE_CAP, KvmEnableCap, enable_cap, "api.enable-cap"),
     Ioctl(requests.KVM_GET_MSRS, POINTER, get_msrs),
     Ioctl(requests.KVM_SET_MSRS, POINTER, set_msrs),
 )
