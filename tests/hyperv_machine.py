@@ -143,6 +143,7 @@ class HypervVm:
 
     async def run(self, program: Callable[[Any], Awaitable[object]], vcpu: int = 0) -> list[Any]:
         """Run a program to its end; returns the Hyper-V exits on the way, whose hypercalls are completed with 0."""
+        self.inside.vcpus[vcpu].restart()
         self.vcpus[vcpu].load(program)
         exits = []
         while True:
