@@ -204,7 +204,7 @@ class X86Cpu(Cpu):
 
     async def wrmsr(self, index: int, value: int) -> None:
         """Write an MSR. GeneralProtection for one that is not there, or does not take that value."""
-        if index == MSR_EOI and not value and self._apic is not None and self._apic.x2apic:
+        if index == MSR_EOI and not value >> 32 and self._apic is not None and self._apic.x2apic:
             self.eoi()
             await self._tell_ends()
             return
