@@ -147,19 +147,21 @@ class PicChip:
         self.pic.ended(self.first_pin + pin)
 
     def reset(self) -> None:
-        """ICW1: an edge must come anew to be seen, the mask is open, the lowest priority is that of input 7."""
+        """ICW1: an edge must come anew to be seen, the mask is open, the lowest priority is that of input 7.
+
+        What is in service stays so, as do rotation and a poll command: the data sheet's list for ICW1 does not have them.
+        """
         edges = self.irr & ~self.elcr
-        self.last_irr &= self.elcr
+        self.last_irr = 0
         self.irr &= self.elcr
-        self.imr = self.isr = self.priority_add = 0
-        self.special_mask = self.read_reg_select = self.poll = 0
+        self.imr = self.priority_add = 0
+        self.special_mask = self.read_reg_select = 0
         if not self.init4:
             self.special_fully_nested_mode = self.auto_eoi = 0
-        self.rotate_on_auto_eoi = 0
         self.init_state = 1
         for pin in range(8):
             if edges >> pin & 1:
-                self.pic.ended(self.first_pin + pin)
+                self.end(pin)
 
     # -- ports
 
@@ -227,7 +229,8 @@ class PicChip:
         if pin < 0:
             # What asked is gone.
             return SPURIOUS
-        self.pic.taken(self, pin)
+        if self.first_pin or pin != CASCADE:
+            self.pic.taken(self, pin)
         self.irr &= ~(1 << pin)
         self.end(pin)
         return 0x80 | pin
@@ -284,10 +287,10 @@ class Pic:
         for pin in range(16):
             self.sources[pin] &= ~(1 << source)
 
-    def update(self) -> None:
+    def update(self, *, cascade: bool = True) -> None:
         """Something changed: drive the cascade and the output, and keep the account."""
         master, slave = self.chips
-        if slave.pending() >= 0:
+        if cascade and slave.pending() >= 0:
             # The cascade is an edge: it must be seen anew each time.
             master.set_input(CASCADE, True)
             master.set_input(CASCADE, False)
@@ -333,7 +336,8 @@ class Pic:
                 master = self.chips[0]
                 master.isr &= ~(1 << CASCADE)
                 master.irr &= ~(1 << CASCADE)
-            self.update()
+            # The guest that was told of the slave polls that one next.
+            self.update(cascade=bool(chip.first_pin) or value != 0x80 | CASCADE)
         return value
 
     def write_port(self, port: int, value: int) -> None:

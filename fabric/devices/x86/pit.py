@@ -81,8 +81,10 @@ class Channel:
 
     @property
     def elapsed(self) -> int:
-        """Ticks since the count was loaded."""
-        return (self.pit.now - self.count_load_time) * FREQUENCY // 1_000_000_000
+        """Ticks since the count was loaded; of channel 0, which has a timer, since that began its period."""
+        pit = self.pit
+        since = pit.begun if self is pit.channels[0] else self.count_load_time
+        return 0 if since is None else (pit.now - since) * FREQUENCY // 1_000_000_000
 
     @property
     def counter(self) -> int:
@@ -133,7 +135,7 @@ class Channel:
         if self.count_latched:
             value = self.latched_count
             if self.count_latched == LOW_HIGH:
-                self.count_latched = _HIGH_NEXT
+                self.count_latched = HIGH
                 return int(value & 0xFF)
             high = self.count_latched != LOW
             self.count_latched = 0
@@ -172,12 +174,12 @@ class Pit(MmioHandler):
         "_drive",
         "_timer",
         "acknowledged",
+        "begun",
         "channels",
         "flags",
         "owed",
         "period",
         "reinject",
-        "speaker_on",
         "vm",
     )
 
@@ -188,13 +190,17 @@ class Pit(MmioHandler):
         self._timer = clock.timer(self._tick, name="PIT")
         self.channels = (Channel(self, 1), Channel(self, 1), Channel(self, 0))
         self.flags = 0
-        self.speaker_on = 0
         self.reinject = True
         self.acknowledged = True
         """The guest took the last tick."""
         self.owed = 0
         """Ticks to be raised, with reinjection."""
         self.period = 0
+        """ns between the ticks of channel 0; 0 for one that ticks once."""
+        self.begun: int | None = None
+        """When the timer of channel 0 began its period; None before there was one."""
+        for channel in self.channels[1:]:
+            channel.count_load_time = self.now
         vm.pio.add(PORT_CHANNEL0, 4, self)
         if speaker:
             vm.pio.add(PORT_SPEAKER, 1, SpeakerPort(self))
@@ -207,11 +213,12 @@ class Pit(MmioHandler):
     # -- ticks
 
     def load(self, number: int, count: int) -> None:
-        """A channel gets a count; 0 is 65536."""
+        """A channel gets a count; 0 is 65536. The load time of channel 0 is not kept: it has a timer."""
         channel = self.channels[number]
         channel.count = count or 0x10000
-        channel.count_load_time = self.now
-        if not number:
+        if number:
+            channel.count_load_time = self.now
+        else:
             self._start()
 
     def _start(self) -> None:
@@ -223,12 +230,18 @@ class Pit(MmioHandler):
             return
         length = to_ns(channel.count)
         if channel.mode in (0, 1, 4):
+            self.period = 0
+            self.begun = self.now
             self._timer.arm(self.now + length)
         elif channel.mode in (2, 3):
+            # The first tick comes when it is due, the next ones not too fast.
             self.period = max(length, MIN_PERIOD_NS)
-            self._timer.arm_periodic(self.now + self.period, self.period)
+            self.begun = self.now + length - self.period
+            self._timer.arm_periodic(self.now + length, self.period)
 
     def _tick(self) -> None:
+        if self.period:
+            self.begun = self.now
         if self.reinject:
             self.owed += 1
         self._raise()
@@ -308,10 +321,8 @@ class Pit(MmioHandler):
         for channel, state in zip(self.channels, channels, strict=True):
             for name in STATE:
                 setattr(channel, name, state[name])
-        loaded = self.channels[0].count_load_time
         for number, channel in enumerate(self.channels):
             self.load(number, channel.count)
-        self.channels[0].count_load_time = loaded
 
     def close(self) -> None:
         """The VM goes away."""
@@ -330,9 +341,10 @@ class SpeakerPort(MmioHandler):
         """Speaker data, gate, the refresh clock (which toggles every 15 us), and the output."""
         channel = self.pit.channels[2]
         refresh = self.pit.now >> 14 & 1
-        return self.pit.speaker_on << 1 | channel.gate | refresh << 4 | channel.out << 5
+        speaker = bool(self.pit.flags & FLAG_SPEAKER_ON)
+        return speaker << 1 | channel.gate | refresh << 4 | channel.out << 5
 
     def mmio_write(self, offset: int, size: int, value: int, vcpu: Any) -> None:
         """Speaker data (bit 1) and gate (bit 0)."""
-        self.pit.speaker_on = value >> 1 & 1
+        self.pit.flags = self.pit.flags & ~FLAG_SPEAKER_ON | value & FLAG_SPEAKER_ON
         self.pit.channels[2].set_gate(value & 1)
