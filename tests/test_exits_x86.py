@@ -316,7 +316,7 @@ def test_a_triple_fault_that_the_vmm_sets() -> None:
 
 
 def test_a_vector_of_the_vmms_pic() -> None:
-    """KVM_INTERRUPT with a split irqchip: LINT0 has to take ExtINTs; it goes before the local APIC's, without an EOI."""
+    """KVM_INTERRUPT with a split irqchip: it goes before the local APIC's, without EOI; LINT0 has to take ExtINTs."""
 
     async def body(vm: X86Vm, cpu: Any) -> None:
         await apic_on(cpu)
