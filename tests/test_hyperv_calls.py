@@ -620,7 +620,8 @@ def test_the_vmm_says_what_a_crash_does() -> None:
         pytest.param(hv.HV_X64_MSR_REENLIGHTENMENT_CONTROL, 77, True, True, id="reenlightenment"),
         pytest.param(hv.HV_X64_MSR_VP_ASSIST_PAGE, INPUT | 1, True, True, id="assist"),
         pytest.param(hv.HV_X64_MSR_VP_ASSIST_PAGE, NOWHERE | 1, False, False, id="assist-nowhere"),
-        pytest.param(hv.HV_X64_MSR_VP_RUNTIME, 1, True, False, id="runtime"),
+        pytest.param(hv.HV_X64_MSR_VP_RUNTIME, 1, True, False, id="runtime-guest"),
+        pytest.param(hv.HV_X64_MSR_VP_RUNTIME, 77, False, True, id="runtime"),
     ],
 )
 def test_who_may_write_what(number: int, value: int, by_guest: bool, taken_: bool) -> None:

@@ -546,6 +546,54 @@ def test_timers_expire_when_they_should(timers: list[tuple[int, bool, int]]) -> 
     assert expected() == simulate(main)
 
 
+@settings(max_examples=60, deadline=None)
+@given(counts=st.permutations(range(1, 40)).map(lambda counts: counts[:4]), frees=st.sets(st.integers(1, 45)))
+def test_messages_queue_for_their_slot(counts: list[int], frees: set[int]) -> None:
+    """Four timers with one source, and a guest that polls: the slot has one message at a time, in the order of expiry
+    while it is free, and of the timers when several wait; MessagePending says that there are."""
+    moments = sorted([(count * UNIT, n) for n, count in enumerate(counts)] + [(at * UNIT + 50, -1) for at in frees])
+
+    def expected() -> list[tuple[int, int, int]]:
+        slot: int | None = None
+        waiting: set[int] = set()
+        flag, seen = 0, []
+        for at, n in moments:
+            if n >= 0 and slot is None:
+                slot, flag = n, 0
+            elif n >= 0:
+                waiting.add(n)
+                flag = 1
+            elif slot is not None:
+                seen.append((at, slot, flag))
+                slot, flag = (min(waiting) if waiting else None), int(len(waiting) > 1)
+                waiting.discard(-1 if slot is None else slot)
+        return seen
+
+    async def main() -> list[tuple[int, int, int]]:
+        guest = Guest()
+        seen = []
+
+        async def program(cpu: Any) -> None:
+            cpu.cli()
+            for n, count in enumerate(counts):
+                config, counter = timer_msrs(n)
+                await cpu.wrmsr(counter, count)
+                await cpu.wrmsr(config, HV_ENABLE | TO_SINT)
+            for at in sorted(frees):
+                await cpu.compute(at * UNIT + 50 - fabric.now())
+                message = guest.machine.message(SINT)
+                if message.message_type:
+                    index = HvTimerMessagePayload.unpack(message.payload).timer_index
+                    seen.append((fabric.now(), index, message.flags))
+                    await guest.free(cpu)
+
+        await guest.run(program)
+        guest.machine.inside.vcpus[0].hyperv.synic._check()
+        return seen
+
+    assert expected() == simulate(main)
+
+
 def program_with_interrupts(program: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
     """The program, with IF set."""
 

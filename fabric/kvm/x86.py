@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.clock.tsc import GuestTsc, HostTime, TscSync, VmClock
 from fabric.devices.registry import DEVICE_TYPES
-from fabric.devices.x86.hyperv import Partition, VirtualProcessor
+from fabric.devices.x86.hyperv import VirtualProcessor
 from fabric.devices.x86.irqchip import SOURCE_RESAMPLE, SOURCE_USERSPACE
 from fabric.devices.x86.lapic import Lapic
 from fabric.errors import KvmError
@@ -111,7 +111,7 @@ class X86VmPart:
         self.boot_cpu_id = 0
         self.host_time = HostTime(vm.clock, options["tsc_khz"], options["tsc_start"], options["realtime_start"])
         self.clock = VmClock(self.host_time)
-        self.hyperv = Partition(vm, self.clock) if options["hyperv"] else None
+        self.hyperv = x86_hyperv.new_partition(vm, self.clock)
         self.tsc_sync = TscSync(self.host_time)
         self.tsc_khz: int = options["tsc_khz"]
         """Frequency of the TSC of vCPUs to be made."""

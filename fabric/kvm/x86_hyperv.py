@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fabric.devices.x86.hyperv import Partition
 from fabric.errors import KvmError
 from fabric.kvm.dispatch import POINTER, Ioctl, Members, Pointer
 from fabric.kvm.routing import OtherRoute
@@ -21,6 +22,7 @@ from fabric.uapi import kvm as uapi
 from fabric.uapi.x86 import KvmCpuid2, KvmCpuidEntry2
 
 if TYPE_CHECKING:
+    from fabric.clock.tsc import VmClock
     from fabric.devices.x86.hyperv import VirtualProcessor
     from fabric.kvm.eventfd import Event
     from fabric.kvm.routing import Route
@@ -50,6 +52,15 @@ ADVICE = sum(1 << n for n in (2, 3, 5, 9, 11))
 IPIS_BY_HYPERCALL = 1 << 10
 SPIN_RETRIES = 0xFFF
 MAX_VPS, MAX_LPS = 1024, 64
+
+
+def new_partition(vm: Vm, clock: VmClock) -> Partition | None:
+    """Hyper-V for a new VM; None on a host without."""
+    if not vm.options["hyperv"]:
+        return None
+    partition = Partition(vm, clock)
+    vm.on_destroy(partial(_disconnect, partition))
+    return partition
 
 
 def _vp(file: VcpuFile) -> VirtualProcessor | None:
@@ -146,13 +157,11 @@ def hyperv_eventfd(file: Any, conn_id: int, fd: int, flags: int, *_padding: int)
         raise KvmError(
             errno.EINVAL, f"a connection id has 24 bits and the only flag is 1, not {conn_id:#x}, {flags:#x}"
         )
-    connections: dict[int, Callable[[], None]] = partition.connections
+    connections: dict[int, Any] = partition.connections
     if flags:
         if conn_id not in connections:
             raise KvmError(errno.ENOENT, f"connection {conn_id:#x} has no eventfd")
-        connection = connections.pop(conn_id)
-        assert isinstance(connection, _Connection)
-        connection.event.unwatch(connection.gone)
+        connections.pop(conn_id).close()
         return
     event = file.kvm.event(fd)
     if conn_id in connections:
@@ -174,9 +183,19 @@ class _Connection:
         if not self.closed:
             self.event.signal()
 
+    def close(self) -> None:
+        """The guest does not signal it any more."""
+        self.event.unwatch(self.gone)
+
     def gone(self) -> None:
         """The eventfd was closed: what the guest signals reaches nobody."""
         self.closed = True
+
+
+def _disconnect(partition: Partition) -> None:
+    """The VM goes away."""
+    for connection in partition.connections.values():
+        connection.close()
 
 
 # -- CPUID

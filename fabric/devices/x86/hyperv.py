@@ -30,8 +30,6 @@ from fabric.uapi.kvm import KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, PAGE
 from fabric.uapi.x86 import HypervHcall, HypervSyndbg, HypervSynic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fabric.clock.tsc import VmClock
     from fabric.devices.base import VmServices
     from fabric.uapi.x86 import KvmCpuidEntry2
@@ -144,8 +142,8 @@ class Partition:
         self.clock = clock
         self.vps: list[VirtualProcessor] = []
         """In vCPU order."""
-        self.connections: dict[int, Callable[[], None]] = {}
-        """By connection id: what HvCallSignalEvent does without leaving the kernel (KVM_HYPERV_EVENTFD)."""
+        self.connections: dict[int, Any] = {}
+        """By connection id: what is called to signal its event without leaving the kernel (KVM_HYPERV_EVENTFD)."""
         self.reference_tsc = ReferenceTsc(self)
         self.guest_os_id = self.hypercall = 0
         self.crash = [0] * 5
@@ -209,7 +207,18 @@ class Partition:
 class VirtualProcessor:
     """A vCPU as Hyper-V has it; ``vcpu.hyperv``."""
 
-    __slots__ = ("_cpuid", "_offered", "assist_page", "enforced", "index", "partition", "request", "synic", "vcpu")
+    __slots__ = (
+        "_cpuid",
+        "_offered",
+        "assist_page",
+        "enforced",
+        "index",
+        "partition",
+        "request",
+        "runtime",
+        "synic",
+        "vcpu",
+    )
 
     def __init__(self, partition: Partition, vcpu: Any) -> None:
         self.partition = partition
@@ -217,6 +226,8 @@ class VirtualProcessor:
         self.index: int = vcpu.index
         """HV_X64_MSR_VP_INDEX."""
         self.assist_page = 0
+        self.runtime = 0
+        """HV_X64_MSR_VP_RUNTIME: what the VMM said, as the time that a vCPU runs is not measured."""
         self.enforced = False
         """KVM_CAP_HYPERV_ENFORCE_CPUID: the guest can use only what its CPUID offers."""
         self.request: Request | None = None

@@ -129,6 +129,12 @@ def _write_vp_index(vp: VirtualProcessor, value: int, host: bool) -> None:
     vp.index = index
 
 
+def _write_runtime(vp: VirtualProcessor, value: int, host: bool) -> None:
+    if not host:
+        raise Refused("a VMM sets how long a virtual processor has run")
+    vp.runtime = value
+
+
 def _write_assist_page(vp: VirtualProcessor, value: int, host: bool) -> None:
     """Its first word tells the guest that it need not write EOI, as KVM's own paravirtual EOI does."""
     pv = vp.vcpu.pv
@@ -322,8 +328,7 @@ _PARTITION: dict[int, HypervMsr] = {
 }
 _VIRTUAL_PROCESSOR: dict[int, HypervMsr] = {
     hv.HV_X64_MSR_VP_INDEX: HypervMsr("HV_X64_MSR_VP_INDEX", VP_INDEX, lambda vp: vp.index, _write_vp_index),
-    # How long a vCPU has run is not measured.
-    hv.HV_X64_MSR_VP_RUNTIME: HypervMsr("HV_X64_MSR_VP_RUNTIME", VP_RUNTIME, _nothing_to_read, _read_only),
+    hv.HV_X64_MSR_VP_RUNTIME: HypervMsr("HV_X64_MSR_VP_RUNTIME", VP_RUNTIME, lambda vp: vp.runtime, _write_runtime),
     hv.HV_X64_MSR_TSC_FREQUENCY: HypervMsr(
         "HV_X64_MSR_TSC_FREQUENCY", FREQUENCIES, lambda vp: int(vp.vcpu.tsc.khz) * 1000, _read_only
     ),

@@ -316,6 +316,8 @@ class Lapic(_HotFields, MmioHandler):
     def _ended(self, vector: int) -> None:
         if self.synic_ends >> vector & 1 and self.tell_synic is not None:
             self.tell_synic(vector)
+            if not self.bus.watched >> vector & 1:
+                return
         if self.bus.lazy_scan and not self.vcpu.has_run:
             return  # which ends the IOAPIC wants to know is found out at the first entry
         level = bool(self.tmr >> vector & 1)
