@@ -197,7 +197,7 @@ def test_more_cpus_than_eight_bits_name(board: str) -> None:
 
 
 def test_a_cpu_that_no_message_reaches() -> None:
-    """Ids beyond what fits are refused in words; so they are for an input of the IOAPIC, which has eight bits always."""
+    """Ids beyond what fits are refused in words; for an input of the IOAPIC, which has eight bits always, as well."""
 
     class Processor:
         """Answers as far as the driver asks."""
@@ -224,7 +224,7 @@ def test_a_cpu_that_no_message_reaches() -> None:
         await driver.start(cpu)
         wanted = [Vector(number, nothing, "a") for number in range(3)]
         await driver.allocate_msi(cpu, 8, wanted[: 2 if features else 1])
-        with pytest.raises(RuntimeError, match="no message reaches CPU .* they go up to 254"):
+        with pytest.raises(RuntimeError, match=f"where ids go up to {0x7FFF if features else 254}"):
             await driver.allocate_msi(cpu, 8, wanted[2 if features else 1 :])
         reason = "no IOAPIC" if ioapic is None else "no redirection entry reaches CPU 1"
         with pytest.raises(RuntimeError, match=reason):
@@ -308,10 +308,8 @@ def test_the_registers_of_the_ioapic(board: str) -> None:
         assert IOAPIC_TABLE + 46 == await cpu.load(IOAPIC_BASE + IOREGSEL, 4)
         await write_ioapic(cpu, low + 1, 5 << 24)
         await write_ioapic(cpu, low, PIN_MASKED | PIN_LEVEL | REMOTE_IRR | 0x44)
-        assert (PIN_MASKED | PIN_LEVEL | 0x44, 5 << 24) == (
-            await read_ioapic(cpu, low),
-            await read_ioapic(cpu, low + 1),
-        )
+        assert PIN_MASKED | PIN_LEVEL | 0x44 == await read_ioapic(cpu, low)
+        assert 5 << 24 == await read_ioapic(cpu, low + 1)
         await write_ioapic(cpu, IOAPIC_VERSION, 7)
         await cpu.store(IOAPIC_BASE + 0x20, 4, 7)
         assert 0 == await cpu.load(IOAPIC_BASE + 0x20, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from x86_machine import EOI, MSI, NOWHERE, PORT, RAM, X86Vm, apic_on, done, one_run, simulate
+from x86_guests import EOI, MSI, NOWHERE, PORT, RAM, X86Vm, apic_on, done, one_run, simulate
 
 import fabric
 from fabric.errors import KvmError

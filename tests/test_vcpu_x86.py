@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from x86_machine import (
+from x86_guests import (
     APIC_PAGE,
     BASE,
     ENABLE,

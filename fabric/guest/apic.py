@@ -184,10 +184,11 @@ class ApicDriver:
         messages = []
         for vector in vectors:
             identity = self._ids[vector.cpu]
-            if identity > (MAX_MSI_EXT_ID if self._long_ids else MAX_MSI_ID):
+            limit = MAX_MSI_EXT_ID if self._long_ids else MAX_MSI_ID
+            if identity > limit:
                 raise RuntimeError(
-                    f"no message reaches CPU {vector.cpu}, whose local APIC has the id {identity}: without"
-                    f" KVM_FEATURE_MSI_EXT_DEST_ID they go up to {MAX_MSI_ID}"
+                    f"no message reaches CPU {vector.cpu}, as its local APIC has the id {identity} on a machine where"
+                    f" ids go up to {limit}"
                 )
             address = APIC_BASE | (identity & 0xFF) << 12 | identity >> 8 << 5
             messages.append(MsiMessage(address, self._give_vector(vector, f"device {devid:#x}"), devid))
