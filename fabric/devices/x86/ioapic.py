@@ -60,12 +60,14 @@ class Ioapic(MmioHandler):
         ledger: the account.
         on_end: called with (2, input) when an interrupt that an input sent ends.
         on_mask: called with (2, input, whether it is masked now) when that changes.
+        resample: called with (2, input) when a level that waited is unmasked; whether somebody says anew what it is.
         rtc_coalescing: report the clock's interrupt as merged while an earlier one is in service.
     """
 
     __slots__ = (
         "_on_end",
         "_on_mask",
+        "_resample",
         "base_address",
         "bus",
         "id",
@@ -87,10 +89,12 @@ class Ioapic(MmioHandler):
         on_end: Callable[[int, int], None],
         on_mask: Callable[[int, int, bool], None],
         *,
+        resample: Callable[[int, int], bool] | None = None,
         rtc_coalescing: bool = True,
     ) -> None:
         self._on_end = on_end
         self._on_mask = on_mask
+        self._resample = resample
         self.bus = bus
         self.ledger = ledger
         self.rtc_coalescing = rtc_coalescing
@@ -256,7 +260,13 @@ class Ioapic(MmioHandler):
         entry = self.redirtbl[pin]
         if (before ^ entry) & MASKED:
             self._on_mask(CHIP, pin, bool(entry & MASKED))
-        if entry & LEVEL and self.irr >> pin & 1:
+        if not entry & LEVEL or entry & (MASKED | REMOTE_IRR) or not self.irr >> pin & 1:
+            return
+        # The device may have been served while the entry was masked: with a resampler nothing is sent before it has
+        # said so, lest a guest that serves first and unmasks then gets one interrupt too many.
+        self.irr &= ~(1 << pin)
+        if self._resample is None or not self._resample(CHIP, pin):
+            self.irr |= 1 << pin
             self._send(pin)
 
     # -- state

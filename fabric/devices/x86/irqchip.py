@@ -68,7 +68,9 @@ class X86Irqchip:
         """The 8254, once it was created."""
         if not split:
             self.pic = Pic(vm.ledger, self.apics.set_extint, self.pin_ended, self.pin_masked)
-            self.ioapic = Ioapic(self.apics, vm.ledger, self.pin_ended, self.pin_masked)
+            self.ioapic = Ioapic(
+                self.apics, vm.ledger, self.pin_ended, self.pin_masked, resample=self.resample
+            )
             self.apics.eoi_listeners.append(self.ioapic.eoi)
             vm.mmio.add(ioapic_module.BASE, ioapic_module.SIZE, self.ioapic)
             for port, size in _PORTS:
@@ -105,6 +107,13 @@ class X86Irqchip:
         if self.gsi_ended:
             for notify in self.gsi_ended.get(self._gsi(chip, pin), ()):
                 notify()
+
+    def resample(self, chip: int, pin: int) -> bool:
+        """Have an input's level said anew by those that wait for the end of its interrupts; whether there are any."""
+        told = tuple(self._ended.get((chip, pin), ()))
+        for notify in told:
+            notify()
+        return bool(told)
 
     def pin_masked(self, chip: int, pin: int, masked: bool) -> None:
         """The mask of an input changed."""

@@ -350,6 +350,8 @@ class Pic:
             self.chips[port >> 7].write_data(value)
         else:
             self.chips[port >> 7].write_command(value)
+            if value & (ICW1_INIT | OCW3) == OCW3:
+                return  # which changes only what is read
         self.update()
 
     # -- state
