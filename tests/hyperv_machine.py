@@ -175,12 +175,6 @@ def details(vcpu: VcpuFd) -> Any:
     return kinds[exit_.type].unpack(exit_.u) if exit_.type in kinds else exit_
 
 
-def sint_route(gsi: int, vp: int, sint: int) -> uapi.KvmIrqRoutingEntry:
-    """A route to a SINT."""
-    to = uapi.KvmIrqRoutingHvSint(vp, sint)
-    return uapi.KvmIrqRoutingEntry(gsi, uapi.KVM_IRQ_ROUTING_HV_SINT, u=to.pack().ljust(32, b"\0"))
-
-
 async def done(cpu: Any) -> None:
     """The last thing that a program does."""
     await cpu.outp(DONE_PORT, 1, 0)

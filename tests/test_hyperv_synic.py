@@ -15,7 +15,6 @@ from hyperv_machine import (
     HypervVm,
     done,
     sint_msr,
-    sint_route,
     timer_msrs,
 )
 from hypothesis import settings
@@ -24,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvm_machine import outcome
 
 import fabric
-from fabric.kvm.typed import msi_route
+from fabric.kvm.typed import msi_route, sint_route
 from fabric.uapi import hyperv as hv
 from fabric.uapi import kvm as uapi
 from fabric.uapi.hyperv import (

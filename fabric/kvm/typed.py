@@ -250,6 +250,12 @@ def msi_route(gsi: int, address: int, data: int, devid: int | None = None) -> ua
     return uapi.KvmIrqRoutingEntry(gsi, uapi.KVM_IRQ_ROUTING_MSI, flags, u=to.pack().ljust(32, b"\0"))
 
 
+def sint_route(gsi: int, vcpu: int, sint: int) -> uapi.KvmIrqRoutingEntry:
+    """A route to a synthetic interrupt (Hyper-V) of the virtual processor with that index."""
+    to = uapi.KvmIrqRoutingHvSint(vcpu, sint)
+    return uapi.KvmIrqRoutingEntry(gsi, uapi.KVM_IRQ_ROUTING_HV_SINT, u=to.pack().ljust(32, b"\0"))
+
+
 class Host(FdObject):
     """/dev/kvm of a Kvm, simulated or real."""
 

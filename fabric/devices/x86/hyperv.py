@@ -55,7 +55,9 @@ class ReferenceTsc:
         self.partition = partition
         self.msr = 0
         self.status = UNSET
+        """Whether the page has the numbers, is to be written, or cannot be."""
         self.scale = self.offset = 0
+        """``time = (tsc * scale >> 64) + offset``."""
         self.emulation = 0
         """HV_X64_MSR_TSC_EMULATION_CONTROL: while it is set, the guest counts on a page that stays as it is."""
         self._basis: tuple[int, int, int] | None = None

@@ -55,7 +55,7 @@ class Refused(Exception):
 
 
 class Synic:
-    """The controller of one virtual processor; attributes with the names of the MSRs are their values."""
+    """The controller of one virtual processor."""
 
     __slots__ = (
         "active",
