@@ -149,7 +149,7 @@ class PicChip:
     def reset(self) -> None:
         """ICW1: an edge must come anew to be seen, the mask is open, the lowest priority is that of input 7.
 
-        What is in service stays so, as do rotation and a poll command: the data sheet's list for ICW1 does not have them.
+        What is in service stays so, as do rotation and a poll command: the data sheet's list for ICW1 has none of it.
         """
         edges = self.irr & ~self.elcr
         self.last_irr = 0
