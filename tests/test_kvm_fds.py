@@ -315,7 +315,7 @@ def test_options_describe_the_host() -> None:
         Kvm("aarch64", host_gic=4)
 
 
-@pytest.mark.parametrize("arch", ["x86_64", "ppc64", "ppce500", "s390x", "mips64"])
+@pytest.mark.parametrize("arch", ["ppc64", "ppce500", "s390x", "mips64"])
 def test_architectures_to_come_are_known(arch: str) -> None:
     """Their names are accepted as names, and refused as not built."""
     with pytest.raises(ValueError, match="not built yet"):

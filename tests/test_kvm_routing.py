@@ -208,6 +208,6 @@ def test_outcomes_of_several_routes_add_up(outcomes: list[int], total: int, monk
     table = machine.inside.routing = RoutingTable()
     for irqchip in range(len(outcomes)):
         table.add(7, PinRoute(irqchip, 0))
-    monkeypatch.setattr(machine.kvm.arch, "set_irq", lambda vm, route, level: outcomes[route.irqchip])
+    monkeypatch.setattr(machine.kvm.arch, "set_irq", lambda vm, route, *_: outcomes[route.irqchip])
 
     assert total == machine.inside.set_irq(7, True)

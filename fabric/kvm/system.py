@@ -55,7 +55,7 @@ class Kvm:
     stands still, and all but running vCPUs works.
 
     Args:
-        arch: ``"aarch64"``; the other names of :data:`ARCHITECTURES` are yet to come.
+        arch: ``"aarch64"`` or ``"x86_64"``; the other names of :data:`ARCHITECTURES` are yet to come.
         user_memory: where user addresses point, by default this process.
         name: put before the names of this host's VMs, to tell two hosts of one simulation apart.
         options: the host: ``host_gic=2`` and so on, see ``defaults`` of the architecture. Without any it is the
@@ -72,7 +72,8 @@ class Kvm:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, not {arch!r}")
         cls = ARCHITECTURES[arch]
         if cls is None:
-            raise ValueError(f"the devices of {arch} are not built yet; use 'aarch64'")
+            built = " or ".join(repr(name) for name, cls in ARCHITECTURES.items() if cls is not None)
+            raise ValueError(f"the devices of {arch} are not built yet; use {built}")
         self.arch = cls(fill_options(cls, options))
         self.user_memory: UserMemory = ProcessMemory() if user_memory is None else user_memory
         self.name = name
