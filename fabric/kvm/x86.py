@@ -110,9 +110,9 @@ class X86VmPart:
         options = vm.options
         self.boot_cpu_id = 0
         self.host_time = HostTime(vm.clock, options["tsc_khz"], options["tsc_start"], options["realtime_start"])
-        self.clock = VmClock(self.host_time)
-        self.hyperv = x86_hyperv.new_partition(vm, self.clock)
         self.tsc_sync = TscSync(self.host_time)
+        self.clock = VmClock(self.host_time, self.tsc_sync)
+        self.hyperv = x86_hyperv.new_partition(vm, self.clock)
         self.tsc_khz: int = options["tsc_khz"]
         """Frequency of the TSC of vCPUs to be made."""
         self.max_vcpu_id = 0

@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fabric.clock.tsc import MASK64
+from fabric.clock.tsc import MASK64, tolerated
 from fabric.devices.attributes import Attr, AttrTable, Group, Pointer
 from fabric.errors import KvmError
 from fabric.kvm.device_fd import attribute_table
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from fabric.vcpu.x86 import X86Vcpu
 
 _CLOCK_FLAGS = KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC
-MAX_SCALED_KHZ = (1 << 31) - 1
-TSC_TOLERANCE_PPM = 250
-"""How far from the host's a guest's TSC may be without being scaled."""
+MAX_SCALED_KHZ = (1 << 31) - 2
 
 
 def get_clock(file: VmFile, ptr: Pointer) -> None:
@@ -51,8 +49,6 @@ def set_clock(file: VmFile, data: KvmClockData) -> None:
     clock = file.vm.part.clock
     passed = max(0, clock.host.realtime - data.realtime) if data.flags & KVM_CLOCK_REALTIME else 0
     clock.set(data.clock + passed & MASK64)
-    for vcpu in file.vm.vcpus:
-        vcpu.pv.note_clock()  # type: ignore[attr-defined]
 
 
 def vm_set_tsc_khz(file: VmFile, khz: int) -> None:
@@ -71,16 +67,15 @@ def vm_get_tsc_khz(file: VmFile, _arg: int) -> int:
 
 
 def set_tsc_khz(file: VcpuFile, khz: int) -> None:
-    """KVM_SET_TSC_KHZ of a vCPU. A frequency that it cannot have is refused, and read back all the same."""
+    """KVM_SET_TSC_KHZ of a vCPU; 0 is the host's. What a host without scaling refuses is read back all the same."""
     khz &= 0xFFFF_FFFF
     host = file.vm.options["tsc_khz"]
     tsc = file.part.vcpu.tsc
+    if tsc.scaling and khz > MAX_SCALED_KHZ:
+        raise KvmError(errno.EINVAL, f"a TSC is scaled to at most {MAX_SCALED_KHZ} kHz, not {khz}")
     tsc.khz = khz = khz or host
-    if tsc.scaling:
-        return
-    tolerated = host * TSC_TOLERANCE_PPM // 1_000_000
     # Faster than the host it is caught up, again and again; slower it cannot be.
-    if khz < host - tolerated:
+    if not tsc.scaling and khz < tolerated(host)[0]:
         raise KvmError(errno.EINVAL, f"without scaling the TSC of {host} kHz cannot count at {khz} kHz")
 
 
@@ -96,6 +91,7 @@ def kvmclock_ctrl(file: VcpuFile, _arg: int) -> None:
     if not pv.system_time & 1:
         raise KvmError(errno.EINVAL, "the guest has no clock page")
     pv.guest_stopped = True
+    pv.clock_changed()
 
 
 # -- attributes of a vCPU
@@ -107,7 +103,6 @@ def _get_offset(part: X86VcpuPart, _attr: int, ptr: Pointer) -> None:
 
 def _set_offset(part: X86VcpuPart, _attr: int, ptr: Pointer) -> None:
     part.vcpu.tsc.set_offset(ptr.u64())
-    part.vcpu.pv.note_clock()
 
 
 class X86VcpuPart:

@@ -211,6 +211,7 @@ class X86Vcpu(Vcpu):
         ready = self._pic_in_kernel or self.ready_for_injection
         flags = RUN_FLAG_SMM if self.smm else 0
         at = KVM_RUN_READY_FOR_INTERRUPT_INJECTION
+        self.pv.leaving()
         _TOLD.pack_into(self.run_area, at, ready, self.interrupt_flag, flags, self.cr8, self.apic_base)
 
     def touch_hardware(self) -> None:

@@ -368,6 +368,9 @@ class X86Cpu(Cpu):
     def _schedule_in(self) -> Generator[Any, Any, None]:
         while True:
             yield from super()._schedule_in()
+            pv = self._vcpu.pv
+            if pv.steal and pv.steal_seen != self._vcpu.stolen_ns:
+                pv.note_steal()
             if self._vcpu.activity == KVM_MP_STATE_RUNNABLE:
                 return
             yield from self.wait_for_interrupt()  # the VMM has halted it: KVM_SET_MP_STATE

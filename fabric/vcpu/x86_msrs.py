@@ -6,6 +6,7 @@ Sources: Intel SDM vol. 4; the KVM documents on MSRs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -68,7 +69,7 @@ def _write_tsc(vcpu: X86Vcpu, value: int, host: bool) -> None:
     if host:
         vcpu.tsc.write(value)
     else:
-        vcpu.tsc.write_by_guest(value)
+        vcpu.tsc.write_by_guest(value)  # of which the clock's page is not told, other than of TSC_ADJUST
 
 
 def _write_tsc_adjust(vcpu: X86Vcpu, value: int, host: bool) -> None:
@@ -78,6 +79,7 @@ def _write_tsc_adjust(vcpu: X86Vcpu, value: int, host: bool) -> None:
         vcpu.tsc.adjust = value  # the VMM restores the TSC itself
     else:
         vcpu.tsc.adjust_by_guest(value)
+        vcpu.pv.clock_changed()
 
 
 def _read_tsc_deadline(vcpu: X86Vcpu, host: bool) -> int:
@@ -91,7 +93,12 @@ def _write_tsc_deadline(vcpu: X86Vcpu, value: int, host: bool) -> None:
 
 
 def _paravirtual(
-    name: str, feature: int, attribute: str, set_: Callable[[Paravirt, int], None] | None = None, *, allowed: int = -1
+    name: str,
+    feature: int,
+    attribute: str,
+    set_: Callable[[Paravirt, int, bool], None] | None = None,
+    *,
+    allowed: int = -1,
 ) -> Msr:
     """An MSR of KVM's own: which bits it takes, and what a write does besides being stored."""
 
@@ -103,7 +110,7 @@ def _paravirtual(
         if set_ is None:
             setattr(vcpu.pv, attribute, value)
         else:
-            set_(vcpu.pv, value)
+            set_(vcpu.pv, value, host)
 
     def read(vcpu: X86Vcpu, host: bool) -> int:
         hidden = vcpu.pv.enforced and not vcpu.has_pv_feature(feature)
@@ -112,19 +119,25 @@ def _paravirtual(
     return Msr(name, read, write)
 
 
-def _set_pv_eoi(pv: Paravirt, value: int) -> None:
+def _set_pv_eoi(pv: Paravirt, value: int, _host: bool) -> None:
     if (value & ~ENABLED) % PV_EOI_ALIGN or pv.vcpu.cpu_interface is None:
         raise BadMsr
     pv.pv_eoi = value
 
 
-def _set_async_pf(pv: Paravirt, value: int) -> None:
+def _set_steal(pv: Paravirt, value: int, host: bool) -> None:
+    pv.steal = value
+    if value & ENABLED and not host:
+        pv.note_steal()
+
+
+def _set_async_pf(pv: Paravirt, value: int, _host: bool) -> None:
     if value & ASYNC_PF_RESERVED or (pv.vcpu.cpu_interface is None and value):
         raise BadMsr
     pv.async_pf = value
 
 
-def _acknowledge_async_pf(_pv: Paravirt, _value: int) -> None:
+def _acknowledge_async_pf(_pv: Paravirt, _value: int, _host: bool) -> None:
     """Nothing is waiting: the host's memory is always there."""
 
 
@@ -159,17 +172,17 @@ MSRS: dict[int, Msr] = {
     MSR_IA32_TSC_ADJUST: Msr("MSR_IA32_TSC_ADJUST", lambda vcpu, host: vcpu.tsc.adjust, _write_tsc_adjust),
     MSR_IA32_TSC_DEADLINE: Msr("MSR_IA32_TSC_DEADLINE", _read_tsc_deadline, _write_tsc_deadline),
     MSR_KVM_WALL_CLOCK: _paravirtual("MSR_KVM_WALL_CLOCK", _CLOCKSOURCE, "wall_clock", Paravirt.set_wall_clock),
-    MSR_KVM_SYSTEM_TIME: _paravirtual("MSR_KVM_SYSTEM_TIME", _CLOCKSOURCE, "system_time", Paravirt.set_system_time),
+    MSR_KVM_SYSTEM_TIME: _paravirtual(
+        "MSR_KVM_SYSTEM_TIME", _CLOCKSOURCE, "system_time", partial(Paravirt.set_system_time, old_msr=True)
+    ),
     MSR_KVM_WALL_CLOCK_NEW: _paravirtual(
         "MSR_KVM_WALL_CLOCK_NEW", _CLOCKSOURCE2, "wall_clock", Paravirt.set_wall_clock
     ),
     MSR_KVM_SYSTEM_TIME_NEW: _paravirtual(
-        "MSR_KVM_SYSTEM_TIME_NEW", _CLOCKSOURCE2, "system_time", Paravirt.set_system_time
+        "MSR_KVM_SYSTEM_TIME_NEW", _CLOCKSOURCE2, "system_time", partial(Paravirt.set_system_time, old_msr=False)
     ),
     MSR_KVM_ASYNC_PF_EN: _paravirtual("MSR_KVM_ASYNC_PF_EN", _ASYNC_PF, "async_pf", _set_async_pf),
-    MSR_KVM_STEAL_TIME: _paravirtual(
-        "MSR_KVM_STEAL_TIME", _STEAL_TIME, "steal", Paravirt.set_steal, allowed=~STEAL_RESERVED
-    ),
+    MSR_KVM_STEAL_TIME: _paravirtual("MSR_KVM_STEAL_TIME", _STEAL_TIME, "steal", _set_steal, allowed=~STEAL_RESERVED),
     MSR_KVM_PV_EOI_EN: _paravirtual("MSR_KVM_PV_EOI_EN", _PV_EOI, "pv_eoi", _set_pv_eoi),
     MSR_KVM_POLL_CONTROL: _paravirtual("MSR_KVM_POLL_CONTROL", _POLL_CONTROL, "poll_control", allowed=1),
     MSR_KVM_ASYNC_PF_INT: _paravirtual("MSR_KVM_ASYNC_PF_INT", _ASYNC_PF_INT, "async_pf_vector", allowed=0xFF),

@@ -1,7 +1,8 @@
 """Paravirtual clocks and notes in guest memory: kvmclock, wall clock, steal time, EOI, asynchronous page faults.
 
-A guest names a place in its memory by an MSR; the host keeps it up to date whenever the vCPU enters the guest. A place
-where there is no memory is no error: the note is lost.
+A guest names a place in its memory by an MSR; the host keeps it up to date. The clock's page is written when the vCPU
+enters the guest and what is there holds no longer: so what a VMM does to a stopped VM shows when that VM runs, and not
+before. A place where there is no memory is no error: the note is lost.
 
 Sources: KVM's documents on MSRs and on timekeeping; struct pvclock_vcpu_time_info, struct kvm_steal_time.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fabric.clock.tsc import time_scale
+from fabric.clock.tsc import SECOND, time_scale
 from fabric.errors import KvmError
 from fabric.uapi.x86 import PvclockVcpuTimeInfo, PvclockWallClock
 
@@ -21,11 +22,22 @@ if TYPE_CHECKING:
 
 ENABLED = 1
 PVCLOCK_TSC_STABLE, PVCLOCK_GUEST_STOPPED = 1, 2
+PVCLOCK_FLAGS = 29
+"""Offset in struct pvclock_vcpu_time_info."""
 STEAL_RESERVED = 0x3E
 STEAL_VERSION, STEAL_PREEMPTED, STEAL_SIZE = 8, 16, 64
 """Offsets in struct kvm_steal_time, whose first member is the stolen time in ns."""
 ASYNC_PF_RESERVED = 0x30
+VCPU_PREEMPTED = 1
 PV_EOI_ALIGN = 4
+
+
+def next_version(version: int) -> int:
+    """The version of a note that was written again: even, as odd says that it is being written.
+
+    An odd one, which nobody has written, is rounded up first. Nobody can read in between here.
+    """
+    return (version + 1 | 1) + 1 & 0xFFFF_FFFF
 
 
 class Paravirt:
@@ -35,6 +47,7 @@ class Paravirt:
         "async_pf",
         "async_pf_vector",
         "clock",
+        "clock_stale",
         "enforced",
         "guest_stopped",
         "poll_control",
@@ -57,44 +70,63 @@ class Paravirt:
         self.guest_stopped = False
         """KVM_KVMCLOCK_CTRL: the next note says that the guest was stopped."""
         self.steal_seen = 0
+        self.clock_stale = True
+        """The clock's page is to be written when the vCPU enters the guest."""
+        clock.listeners.append(self.clock_changed)
 
     @property
     def memory(self) -> GuestMemory:
         """The VM's memory."""
         return self.vcpu.vm.memory
 
-    def set_system_time(self, value: int) -> None:
-        """MSR_KVM_SYSTEM_TIME: where the clock is noted."""
-        self.system_time = value
-        self.guest_stopped = False
-        self.note_clock()
+    def clock_changed(self) -> None:
+        """The clock's page holds no longer. A vCPU that is in the guest has to leave it, and is there again at once."""
+        self.clock_stale = True
+        if self.vcpu.running:
+            self.note_clock()
 
-    def set_wall_clock(self, value: int) -> None:
+    def set_system_time(self, value: int, host: bool, *, old_msr: bool) -> None:
+        """MSR_KVM_SYSTEM_TIME and its successor: where the clock is noted."""
+        self.system_time = value
+        if not self.vcpu.vcpu_id and not host and self.clock.old_msr != old_msr:
+            self.clock.old_msr = old_msr
+            self.clock.update()
+        self.clock_changed()
+
+    def set_wall_clock(self, value: int, _host: bool) -> None:
         """MSR_KVM_WALL_CLOCK: the real time at which the VM's clock was 0, written at once."""
         self.wall_clock = value
         if not value:
             return
         boot = self.clock.host.realtime - self.clock.now
         try:
-            version = (self.memory.read_u32(value) + 1 | 1) & 0xFFFF_FFFF
-            seconds, ns = divmod(boot, 1_000_000_000)
-            self.memory.write(value, PvclockWallClock(version + 1 & 0xFFFF_FFFF, seconds & 0xFFFF_FFFF, ns).pack())
+            version = next_version(self.memory.read_u32(value))
+            seconds, ns = divmod(boot, SECOND)
+            self.memory.write(value, PvclockWallClock(version, seconds & 0xFFFF_FFFF, ns).pack())
         except KvmError:
             return
 
-    def set_steal(self, value: int) -> None:
-        """MSR_KVM_STEAL_TIME."""
-        self.steal = value
-        self.steal_seen = self.vcpu.stolen_ns
-
     def entering(self) -> None:
         """The vCPU enters the guest: what changed is noted."""
-        self.clock.stable = True
-        self.note_clock()
-        self._note_steal()
+        clock = self.clock
+        if clock.sync.changed:
+            clock.update()
+        if self.vcpu.tsc.catch_up() or self.clock_stale or not clock.stable:
+            self.note_clock()
+        if self.steal & ENABLED:
+            self.note_steal()
+
+    def leaving(self) -> None:
+        """The vCPU is back with its VMM: to the guest's other vCPUs it is not running."""
+        if self.steal & ENABLED:
+            try:
+                self.memory.write_u8((self.steal & ~(STEAL_SIZE - 1)) + STEAL_PREEMPTED, VCPU_PREEMPTED)
+            except KvmError:
+                return
 
     def note_clock(self) -> None:
         """Write the clock's page: TSC and clock of this moment, and how to go on from there."""
+        self.clock_stale = False
         if not self.system_time & ENABLED:
             return
         at = self.system_time & ~ENABLED
@@ -103,23 +135,22 @@ class Paravirt:
         flags = PVCLOCK_TSC_STABLE if self.clock.stable else 0
         if self.guest_stopped:
             flags |= PVCLOCK_GUEST_STOPPED
+            self.guest_stopped = False
         try:
-            # Odd while it is written, and even again: nobody can read in between here.
-            version = self.memory.read_u32(at) + 2 & ~1 & 0xFFFF_FFFF
+            version = next_version(self.memory.read_u32(at))
+            flags |= self.memory.read_u8(at + PVCLOCK_FLAGS) & PVCLOCK_GUEST_STOPPED  # which the guest clears
             page = PvclockVcpuTimeInfo(version, 0, tsc.value, self.clock.now, multiplier, shift, flags)
             self.memory.write(at, page.pack())
         except KvmError:
             return
-        self.guest_stopped = False
 
-    def _note_steal(self) -> None:
-        if not self.steal & ENABLED:
-            return
+    def note_steal(self) -> None:
+        """Add the time that the vCPU has waited for a physical CPU since the last note, or since it was made."""
         at = self.steal & ~(STEAL_SIZE - 1)
         try:
             stolen = self.memory.read_u64(at) + self.vcpu.stolen_ns - self.steal_seen
             self.memory.write_u64(at, stolen & (1 << 64) - 1)
-            self.memory.write_u32(at + STEAL_VERSION, self.memory.read_u32(at + STEAL_VERSION) + 2 & ~1)
+            self.memory.write_u32(at + STEAL_VERSION, next_version(self.memory.read_u32(at + STEAL_VERSION)))
             self.memory.write_u8(at + STEAL_PREEMPTED, 0)
         except KvmError:
             return
