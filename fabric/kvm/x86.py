@@ -285,4 +285,4 @@ def enable_cap(file: VmFile, cap: uapi.KvmEnableCap) -> None:
         handler(file, cap)
 
 
-X86.vm_table = (*X86.vm_table, Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap))
+X86.vm_table = (*X86.vm_table, Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap, "api.enable-cap"))
