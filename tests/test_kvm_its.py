@@ -152,6 +152,21 @@ class TestCreation:
         assert "ENODEV" == outcome(host.host.create_vm().create_device, ITS, flags)
         assert 0 != ItsHost().host.create_vm().create_device(ITS, 0).fd
 
+    @pytest.mark.spec("its.msi.ENODEV.no-its", "api.signal-msi.ENODEV.arm-no-its")
+    def test_an_its_beside_a_gicv2(self) -> None:
+        """It can be made on a host that has both, and is none for messages: LPIs are a GICv3's."""
+        host = ItsHost(gicv2_compat=True)
+        vm = host.host.create_vm()
+        vm.create_vcpu(0).init()
+        vm.create_device(uapi.KVM_DEV_TYPE_ARM_VGIC_V2)
+        vm.create_device(ITS).set_attr(ADDR, ADDRESS, ITS_BASES[0])
+
+        assert 1 == vm.check_extension(uapi.KVM_CAP_MSI_DEVID)
+        assert ["ENODEV", "ENODEV"] == [
+            outcome(vm.signal_msi, ITS_BASES[0] + 0x1_0040, 0, 1),
+            outcome(vm.signal_msi, ITS_BASES[0] + 0x1_0040, 0),
+        ]
+
 
 class TestAddress:
     @pytest.mark.spec("its.addr.its", "its.addr.its.note.name")

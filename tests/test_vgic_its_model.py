@@ -233,6 +233,55 @@ def test_any_sequence(sequence: list[tuple[str, int, Any]], gap: int, indirect: 
     walk(sequence, gap, indirect)
 
 
+entries = st.one_of(
+    table_words,
+    st.sampled_from([0, VALID, (1 << 64) - 1]),
+    st.integers(0, 63).map(lambda bit: 1 << bit),
+)
+"""What an entry is damaged with, by exclusive or."""
+places = st.builds(
+    lambda base, n: base + 8 * n,
+    st.sampled_from([DEVICE_TABLE, COLLECTION_TABLE, itt(0), itt(1), itt(2), LEVEL2]),
+    st.integers(0, 5),
+)
+
+
+@given(
+    st.lists(st.tuples(st.just("command"), st.just(0), commands), max_size=15),
+    st.lists(st.tuples(places, entries), min_size=1, max_size=5),
+    st.lists(st.tuples(st.just("msi"), st.just(0), msis), max_size=6),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_damaged_tables(
+    sequence: list[tuple[str, int, Any]],
+    damage: list[tuple[int, int]],
+    senders: list[tuple[str, int, Any]],
+    indirect: bool,
+) -> None:
+    """Whatever is done to saved tables, what restoring them answers and leaves is what the description says."""
+    both = Both(indirect=indirect)
+    for command in START:
+        both.step("command", 0, command)
+    for step in sequence:
+        both.step(*step)
+    both.step("control", 0, SAVE_TABLES)
+    baser = [both.models[0].baser[n] for n in range(2)]
+    both.step("control", 0, RESET)
+    for address, bits in damage:
+        both.poke((address, int.from_bytes(both.machine.memory.read(address, 8), "little") ^ bits))
+    both.register(0, CBASER, VALID | QUEUE)
+    for n in range(2):
+        both.register(0, BASER0 + 8 * n, baser[n])
+    both.step("control", 0, RESTORE_TABLES)
+    both.compare_memory()
+    both.register(0, CTLR, 1)
+    for step in senders:
+        both.step(*step)
+    both.step("control", 0, SAVE_TABLES)
+    both.compare_memory()
+
+
 @pytest.mark.soak
 @given(st.lists(steps, max_size=150), st.sampled_from([0, 0x2_0000]), st.booleans())
 @settings(max_examples=3000, deadline=None)
