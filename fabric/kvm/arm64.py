@@ -21,6 +21,7 @@ from fabric.errors import KvmError
 from fabric.kvm import vm_fd
 from fabric.kvm.arch import GENERIC_CAPABILITIES, Architecture
 from fabric.kvm.arm64_vcpu import VCPU_TABLE, ArmVcpuPart
+from fabric.kvm.dirty_ring import MAX_SIZE
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Members, Pointer
 from fabric.kvm.routing import MsiRoute, PinRoute, Route
 from fabric.uapi import arm64 as arm
@@ -110,6 +111,7 @@ class Arm64(Architecture):
         "ptrauth": True,
         "ras": True,
         "steal_time": True,
+        "dirty_ring": False,  # Linux has it on arm64 since 6.2
     }
     vcpu_table = VCPU_TABLE
     unknown_request = errno.EINVAL
@@ -142,6 +144,7 @@ class Arm64(Architecture):
             uapi.KVM_CAP_ARM_PTRAUTH_GENERIC: int(options["ptrauth"]),
             uapi.KVM_CAP_ARM_INJECT_SERROR_ESR: int(options["ras"]),
             uapi.KVM_CAP_STEAL_TIME: int(options["steal_time"]),
+            uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: MAX_SIZE if options["dirty_ring"] else 0,
         }
 
     # -- machines

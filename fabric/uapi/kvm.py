@@ -187,6 +187,10 @@ KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
 """Most pages of one slot (kernel-internal, but it decides an errno)."""
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: Final = 1
 KVM_DIRTY_LOG_INITIALLY_SET: Final = 2
+KVM_DIRTY_LOG_PAGE_OFFSET: Final = 64
+"""The page of a vCPU's fd where its dirty ring begins."""
+KVM_DIRTY_GFN_F_DIRTY: Final = 1
+KVM_DIRTY_GFN_F_RESET: Final = 2
 
 # Interrupt routing
 KVM_IRQ_ROUTING_IRQCHIP: Final = 1
@@ -370,6 +374,15 @@ class KvmDirtyLog(CStruct):
     slot: u32 = 0
     padding1: u32 = 0
     dirty_bitmap: u64 = 0
+
+
+@cstruct
+class KvmDirtyGfn(CStruct):
+    """An entry of a dirty ring; ``slot`` has the address space in its upper half, ``offset`` counts pages."""
+
+    flags: u32 = 0
+    slot: u32 = 0
+    offset: u64 = 0
 
 
 @cstruct

@@ -334,6 +334,11 @@ class Vcpu(_HotFields):
         return 0
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether what happens now is done by its guest, or for it."""
+        return self._task is not None and self.engine is not None and self._task is self.engine.current
+
+    @property
     def exited(self) -> Exit | None:
         """The exit whose access the next KVM_RUN completes."""
         return self._exit
