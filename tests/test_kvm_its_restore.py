@@ -299,6 +299,7 @@ def test_an_itt_outside_ram() -> None:
     assert (([], []), {}) == (vm.maps(), vm.lpis())
 
 
+@pytest.mark.spec("its", "its.create.rule.several")
 def test_two_itss_are_saved_and_restored_apart() -> None:
     """Each has tables of its own; an LPI that both map is one LPI again, whichever is restored first."""
     first = ItsVm(ItsHost(), 2, 2)

@@ -32,6 +32,7 @@ from its_machine import (
     RESTORE_TABLES,
     SAVE_TABLES,
     VALID,
+    FakeVm,
     ItsMachine,
     itt,
     mapc,
@@ -42,6 +43,7 @@ from its_model import ItsModel, Refused, VmModel
 from its_strategies import commands, msis, registers, table_places, table_words
 
 from fabric.devices.arm.vgic_its import Its, signal_msi
+from fabric.devices.arm.vgic_v3 import VgicV3
 from fabric.devices.arm.vgic_v3_regs import GICR
 from fabric.errors import KvmError
 from fabric.memory import GuestMemory
@@ -84,6 +86,19 @@ class Both:
         if indirect:
             for n in range(2):
                 self.poke((DEVICE_TABLE + n * 0x1_0000, VALID | LEVEL2 + n * 0x1_0000))
+
+    def move(self) -> None:
+        """Put another machine in the place of this one, made from the states of its devices."""
+        old, new = self.machine, ItsMachine.__new__(ItsMachine)
+        new.vm, new.memory = FakeVm(VCPUS), old.memory
+        new.vm.memory = old.memory
+        new.vgic = VgicV3.from_state(new.vm, old.vgic.state())
+        states = [its.state() for its in self.its]
+        self.its = [Its.from_state(new.vm, state) for state in states]
+        new.its = self.its[0]
+        self.machine = new
+        assert states == [its.state() for its in self.its]
+        self.compare()
 
     # -- steps: what the machine and the model answer
 
@@ -223,13 +238,17 @@ def walk(sequence: list[tuple[str, int, Any]], gap: int, indirect: bool) -> None
         both.step(*step)
         if step[0] == "control":
             both.compare_memory()
+            both.move()
     both.compare_memory()
 
 
 @given(st.lists(steps, max_size=40), st.sampled_from([0, 0x2_0000]), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_any_sequence(sequence: list[tuple[str, int, Any]], gap: int, indirect: bool) -> None:
-    """Answers, registers, maps, LPIs, the translation cache and memory are those of the plain description."""
+    """Answers, registers, maps, LPIs, the translation cache and memory are those of the plain description.
+
+    Also when the machine is exchanged, now and then, for one made from its state.
+    """
     walk(sequence, gap, indirect)
 
 
