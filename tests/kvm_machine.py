@@ -41,6 +41,9 @@ def outcome(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class Arm:
     """The VM. ``init=False`` leaves the GIC as created, ``gic=False`` makes none."""
 
+    features: tuple[int, ...] = ()
+    """KVM_ARM_VCPU_* of its vCPUs."""
+
     def __init__(
         self, vcpus: int = 1, *, gic: bool = True, init: bool = True, memory: bool = False, **options: Any
     ) -> None:
@@ -50,7 +53,7 @@ class Arm:
         self.vm: VmFd = self.host.create_vm()
         self.vcpus: list[VcpuFd] = [self.vm.create_vcpu(number) for number in range(vcpus)]
         for vcpu in self.vcpus:
-            vcpu.init()
+            vcpu.init(self.features)
         self.gic: Device
         self.its: Device
         if memory:

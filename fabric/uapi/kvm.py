@@ -234,6 +234,9 @@ KVM_REG_SIZE_U16: Final = 0x0010_0000_0000_0000
 KVM_REG_SIZE_U32: Final = 0x0020_0000_0000_0000
 KVM_REG_SIZE_U64: Final = 0x0030_0000_0000_0000
 KVM_REG_SIZE_U128: Final = 0x0040_0000_0000_0000
+KVM_REG_SIZE_U256: Final = 0x0050_0000_0000_0000
+KVM_REG_SIZE_U512: Final = 0x0060_0000_0000_0000
+KVM_REG_SIZE_U2048: Final = 0x0080_0000_0000_0000
 
 
 def reg_size(reg_id: int) -> int:
@@ -430,6 +433,13 @@ class KvmOneReg(CStruct):
 
     id: u64 = 0
     addr: u64 = 0
+
+
+@cstruct
+class KvmRegList(CStruct):
+    """Head of KVM_GET_REG_LIST; ``n`` ids of 64 bits follow."""
+
+    n: u64 = 0
 
 
 @cstruct

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fabric.vcpu.exits import Exit
     from fabric.vcpu.guest import Program
 
-_WAITS = {Cpu.compute.__code__, Cpu.wait_for_interrupt.__code__, Host.acquire.__code__}
-"""Where a guest waits for its CPU."""
+WAITS = {Cpu.compute.__code__, Cpu.wait_for_interrupt.__code__, Host.acquire.__code__}
+"""Where a guest waits for its CPU. A kind of CPU that waits elsewhere adds that."""
 
 RUN_AREA_SIZE = 8192
 """KVM_GET_VCPU_MMAP_SIZE: struct kvm_run and the ring of coalesced MMIO, a page each."""
@@ -255,6 +255,10 @@ class Vcpu(_HotFields):
         self.owed_ns += ns
         self.disturbed = True
 
+    def stole(self, ns: int) -> None:
+        """It was ready to run for ``ns`` and had no physical CPU."""
+        self.stolen_ns += ns
+
     def forget(self, task: Hosted) -> None:
         """The task of a KVM_RUN that blocks in the guest was cancelled."""
         self.wakeable = None
@@ -454,4 +458,4 @@ def _waits_for_its_cpu(guest: Any) -> bool:
     while inner is not None:
         place, outer = inner, place
         inner = getattr(place, "cr_await", None) or getattr(place, "gi_yieldfrom", None)
-    return bool({getattr(frame, "gi_code", None) for frame in (place, outer)} & _WAITS)
+    return bool({getattr(frame, "gi_code", None) for frame in (place, outer)} & WAITS)
