@@ -432,12 +432,14 @@ class Vcpu(_HotFields):
     def _begin(self) -> None:
         """Start the program, or take over the guest that was loaded."""
         arrived, self._arrived = self._arrived, None
-        if arrived is not None and arrived.begun:
-            self._guest, self._cpu, self._completed = arrived.coroutine, arrived.cpu, arrived.result
-            self._cpu.bind(self)
-            self.abort, self.owed_ns = arrived.abort, arrived.owed_ns
+        if arrived is not None:
+            self.owed_ns = arrived.owed_ns
             self.disturbed = bool(self.owed_ns)
-            return
+            if arrived.begun:
+                self._guest, self._cpu = arrived.coroutine, arrived.cpu
+                self._completed, self.abort = arrived.result, arrived.abort
+                self._cpu.bind(self)
+                return
         if self._program is None:
             raise RuntimeError(f"vCPU {self.vcpu_id} has no program: call kvm.load(vcpu_fd, program) first")
         self._failed = None
