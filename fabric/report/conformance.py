@@ -14,6 +14,8 @@ from fabric.report.text import table
 _HEAD = ("spec id", "implemented", "tests")
 _SUMMARY = ("interface", "ids", "covered", "holes")
 _HOLE = "HOLE"
+_TESTS_WIDTH = 30
+"""Columns that are worth a table: less would not show which test it is."""
 
 
 def render(coverage: Coverage, *, holes_only: bool = False) -> str:
@@ -23,13 +25,18 @@ def render(coverage: Coverage, *, holes_only: bool = False) -> str:
 
 
 def show(coverage: Coverage, *, holes_only: bool = False) -> None:
-    """The same on a terminal."""
+    """The same on a terminal; on one that is too narrow for a table as plain lines."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    for interface, rows in _tables(coverage, holes_only):
+    tables = list(_tables(coverage, holes_only))
+    widest = max((len(row[0]) + len(row[1]) for _, rows in tables for row in rows), default=0)
+    if widest + _TESTS_WIDTH > console.width:
+        print(render(coverage, holes_only=holes_only))
+        return
+    for interface, rows in tables:
         grid = Table(title=interface, title_justify="left", title_style="bold", box=None, pad_edge=False)
         # Ids and places are searched for and copied: where there is no room the tests are cut short.
         for column, head in enumerate(_HEAD[:-1]):
