@@ -136,10 +136,6 @@ class Its(MmioHandler):
 
     # -- MSIs -----------------------------------------------------------------------------------------------
 
-    def owns(self, address: int) -> bool:
-        """Whether an address lies in the frame of this ITS."""
-        return self.base is not None and self.base <= address < self.base + ITS_SIZE
-
     def signal(self, devid: int, eventid: int) -> int:
         """An MSI that is not remembered: 1 when it was made pending, 0 when nothing maps it.
 
