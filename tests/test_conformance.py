@@ -201,6 +201,19 @@ def test_registers_may_have_ids_that_are_put_together(tmp_path: Path, inventory:
     assert "vgic-v2.reg.ctlr" not in found
 
 
+def test_an_interface_may_be_what_is_put_in(tmp_path: Path, inventory: dict[str, Row]) -> None:
+    """For tables of several interfaces; a whole id goes before one that is put together; other f-strings are none."""
+    found = places_in(
+        tmp_path,
+        inventory,
+        a='def table(interface):\n    return Attr(f"{interface}.ctrl.init"), f"{a}.{b}", f"{name}.msi"\n',
+        b='TABLE = Attr("its.ctrl.init")\n',
+    )
+
+    assert {"vgic-v2.ctrl.init", "vgic-v3.ctrl.init", "its.ctrl.init"} == set(found)
+    assert ["package/a.py:2", "package/b.py:1"] == [found["vgic-v3.ctrl.init"], found["its.ctrl.init"]]
+
+
 def test_names_of_the_headers(tmp_path: Path, inventory: dict[str, Row]) -> None:
     """A capability is where a table has it as a key; a layout is a class; an exit is where it is first used."""
     found = places_in(
