@@ -345,7 +345,12 @@ class ArchTimers:
     KVM_REG_ARM_PTIMER_* ids of its header lead to ENOENT."""
 
     def get_one_reg(self, reg_id: int) -> int:
-        """The value of a timer register. KvmError(ENOENT) for an id that is none."""
+        """The value of a timer register.
+
+        Raises:
+            KvmError: ENOENT for an id that is none, the physical timer's included (api.reg.ptimer-ctl,
+                api.reg.ptimer-cval, api.reg.ptimer-cnt).
+        """
         timer = self.virtual
         if reg_id == KVM_REG_ARM_TIMER_CTL:
             # Unlike the guest, userspace sees ISTATUS of a disabled timer as well.

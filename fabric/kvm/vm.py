@@ -239,7 +239,7 @@ class VmFile(VmPart):
 
     @property
     def unknown_request(self) -> int:  # type: ignore[override]
-        """ENOTTY, and on arm64 EINVAL."""
+        """ENOTTY, and on arm64 EINVAL (api.all.unknown-vm)."""
         return self.kvm.arch.unknown_request
 
 
@@ -310,7 +310,7 @@ class VcpuFile(VmPart):
 
 
 class DeviceFile(VmPart):
-    """A device fd."""
+    """A device fd. What it does not know is ENOTTY, and to map it ENODEV (api.all.unknown-device)."""
 
     __slots__ = ("device",)
 
@@ -329,6 +329,7 @@ class DeviceFile(VmPart):
 
 
 def _dead(file: VmPart, _arg: Any) -> int:
+    """EIO, whatever is asked (api.all.eio). A caller in another process, which gets it too, does not exist here."""
     raise KvmError(errno.EIO, f"{file.vm.name} is dead: it failed before and cannot be used any more")
 
 
