@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from kvm_machine import Arm, outcome
+from kvm_machine import GICD, GICR, Arm, outcome
 
 from fabric.kvm.typed import VcpuFd
 from fabric.uapi import arm64 as arm
@@ -129,3 +129,21 @@ def test_the_physical_timer_has_ids_and_no_registers(reg: int) -> None:
     vcpu = Arm(gic=False).vcpus[0]
 
     assert ["ENOENT", "ENOENT"] == [outcome(vcpu.get_reg, reg), outcome(vcpu.set_reg, reg, 1)]
+
+
+@spec("vcpu.first-run.EINVAL.pmu-irq")
+def test_a_pmu_without_an_interrupt_for_the_gic() -> None:
+    """One that was initialised before there was a GIC has none, and then the first run is EINVAL; without a GIC not."""
+    machine = Arm(0, gic=False)
+    vcpu = machine.vm.create_vcpu(0)
+    vcpu.init([PMU])
+    vcpu.set_attr(arm.KVM_ARM_VCPU_PMU_V3_CTRL, arm.KVM_ARM_VCPU_PMU_V3_INIT)
+    other = Arm(0, gic=False).vm.create_vcpu(0)
+    other.init([PMU])
+    other.set_attr(arm.KVM_ARM_VCPU_PMU_V3_CTRL, arm.KVM_ARM_VCPU_PMU_V3_INIT)
+
+    gic = machine.vm.create_device(uapi.KVM_DEV_TYPE_ARM_VGIC_V3)
+    gic.set_attr(arm.KVM_DEV_ARM_VGIC_GRP_ADDR, arm.KVM_VGIC_V3_ADDR_TYPE_DIST, GICD)
+    gic.set_attr(arm.KVM_DEV_ARM_VGIC_GRP_ADDR, arm.KVM_VGIC_V3_ADDR_TYPE_REDIST, GICR)
+    gic.set_attr(arm.KVM_DEV_ARM_VGIC_GRP_CTRL, arm.KVM_DEV_ARM_VGIC_CTRL_INIT)
+    assert ["EINVAL", "EINTR"] == [run(vcpu), run(other)]
