@@ -14,7 +14,7 @@ from fabric.uapi import kvm as uapi
 
 spec = pytest.mark.spec
 
-PMU, POWER_OFF = arm.KVM_ARM_VCPU_PMU_V3, arm.KVM_ARM_VCPU_POWER_OFF
+PMU, SVE = arm.KVM_ARM_VCPU_PMU_V3, arm.KVM_ARM_VCPU_SVE
 SCTLR_LIKE = arm.arm64_sys_reg(3, 7, 15, 15, 7)
 """A system register that nobody has."""
 
@@ -147,3 +147,21 @@ def test_a_pmu_without_an_interrupt_for_the_gic() -> None:
     gic.set_attr(arm.KVM_DEV_ARM_VGIC_GRP_ADDR, arm.KVM_VGIC_V3_ADDR_TYPE_REDIST, GICR)
     gic.set_attr(arm.KVM_DEV_ARM_VGIC_GRP_CTRL, arm.KVM_DEV_ARM_VGIC_CTRL_INIT)
     assert ["EINVAL", "EINTR"] == [run(vcpu), run(other)]
+
+
+@spec("api.set-one-reg.EPERM.not-finalised", "api.get-one-reg.EPERM.not-finalised")
+def test_sve_registers_are_there_when_the_vcpu_is_finalised() -> None:
+    """EPERM before; the vector lengths the other way round, as they are chosen before."""
+    vcpu = Arm(0, gic=False).vm.create_vcpu(0)
+    vcpu.init([SVE])
+    z0, lengths = arm.KVM_REG_ARM64_SVE_ZREG_BASE, arm.KVM_REG_ARM64_SVE_VLS
+
+    assert ["EPERM", "EPERM"] == [outcome(vcpu.get_reg, z0), outcome(vcpu.set_reg, z0, 1)]
+    assert [0b11, None] == [outcome(vcpu.set_reg, lengths, 0b11) or vcpu.get_reg(lengths), outcome(finalize, vcpu)]
+    assert [0, None, 1] == [vcpu.get_reg(z0), outcome(vcpu.set_reg, z0, 1), vcpu.get_reg(z0)]
+    assert "EPERM" == outcome(vcpu.set_reg, lengths, 0b1)
+
+
+def finalize(vcpu: VcpuFd) -> None:
+    """KVM_ARM_VCPU_FINALIZE of SVE."""
+    vcpu.ioctl(requests.KVM_ARM_VCPU_FINALIZE, bytearray(SVE.to_bytes(4, "little")))
