@@ -40,6 +40,8 @@ CORE_REGS_SIZE: Final = 864
 """struct kvm_regs: user_pt_regs (x0-x30, sp, pc, pstate), sp_el1, elr_el1, spsr[5], padding, fp_regs."""
 PC: Final = 256
 PSTATE: Final = 264
+EXCEPTION_STATE: Final = range(272, 296)
+"""SP_EL1, ELR_EL1 and SPSR_EL1."""
 _VREGS = range(336, 848)
 _CORE_PARTS = ((range(328), 8), (_VREGS, 16), (range(848, 856), 4))
 """Where struct kvm_regs has members, and of which size."""
@@ -125,7 +127,7 @@ _SVE_SPACING = 0x20
 """Between the ids of two registers; the slices of one would be between them, and there is one."""
 _MAX_VQ = 16
 """The longest vectors there are, in 128-bit quadwords."""
-_PREGS_END = arm.KVM_REG_ARM64_SVE_FFR_BASE + 1
+_PREGS_END = arm.KVM_REG_ARM64_SVE_FFR_BASE + _SVE_SPACING
 
 
 def _sve_ids(part: ArmVcpuPart) -> Iterator[int]:
@@ -310,7 +312,7 @@ def _set_system(part: ArmVcpuPart, reg: int, ptr: Pointer) -> None:
     elif row.kind is sysregs.Kind.STATE:
         if row.encoding == sysregs.OSLSR:
             _check_same(row, value, registers.get(row), sysregs.OSLK)
-        registers.state[row.encoding] = value
+        registers.put(row, value)
     elif row.encoding == sysregs.PFR0:
         _check_same(row, value, registers.get(row), sysregs.CSV_FIELDS)
         if value & sysregs.CSV_FIELDS & ~part.shared.csv:

@@ -15,7 +15,7 @@ from fabric.clock.arch_timer import ArchTimers
 from fabric.devices.attributes import AttrTable, Pointer
 from fabric.errors import KvmError
 from fabric.kvm.arm64_attrs import VCPU_ATTRIBUTES, s32
-from fabric.kvm.arm64_regs import CORE_REGS_SIZE, PSTATE, get_reg, reg_list, set_reg
+from fabric.kvm.arm64_regs import CORE_REGS_SIZE, EXCEPTION_STATE, PSTATE, get_reg, reg_list, set_reg
 from fabric.kvm.device_fd import attribute_table
 from fabric.kvm.dispatch import POINTER, Ioctl, Members
 from fabric.uapi import arm64 as arm
@@ -126,7 +126,9 @@ class ArmVcpuPart:
 
     def _reset(self) -> None:
         vcpu = self.vcpu
+        kept = self.core[EXCEPTION_STATE.start : EXCEPTION_STATE.stop]  # a reset leaves these alone, as 6.1 does
         self.core[:] = bytes(CORE_REGS_SIZE)
+        self.core[EXCEPTION_STATE.start : EXCEPTION_STATE.stop] = kept
         self.sve.clear()
         self.core[PSTATE : PSTATE + 8] = _PSTATE_RESET[self.has(arm.KVM_ARM_VCPU_EL1_32BIT)].to_bytes(8, byteorder)
         self.events = arm.KvmVcpuEvents()

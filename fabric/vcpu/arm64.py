@@ -225,7 +225,8 @@ class Arm64Vcpu(Vcpu):
             self.stolen.update(self.vm.memory, self.stolen_ns)
 
     def entering(self) -> None:
-        """The interrupt controller's CPU interface and the timers go onto the CPU."""
+        """Registers, CPU interface, timers and PMU go onto the CPU."""
+        self.sysregs.load()
         if self.cpu_interface is not None:
             self.cpu_interface.load()
         self.timers.load()
@@ -237,7 +238,8 @@ class Arm64Vcpu(Vcpu):
             self.lines.check()
 
     def touch_hardware(self) -> None:
-        """The CPU interface and the timers are loaded and stored again; a timer that is due raises its line."""
+        """Registers, CPU interface and timers are loaded and stored again; a timer that is due raises its line."""
+        self.sysregs.load()
         if self.cpu_interface is not None:
             self.cpu_interface.touch_hardware()
         self.timers.load()

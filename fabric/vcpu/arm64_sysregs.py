@@ -239,6 +239,19 @@ RECORDED_HOST: Final[Mapping[str, int]] = {
 }
 """What KVM offers a vCPU with all features on the host of the recordings, an emulated CPU with all that there is."""
 
+_HARDWARE: Final = {
+    BY_NAME[name].encoding: bits
+    for name, bits in (
+        ("SCTLR_EL1", ~(0xFE0 << 32)),
+        ("AFSR0_EL1", 0),
+        ("AFSR1_EL1", 0),
+        ("AMAIR_EL1", 0),
+        ("VBAR_EL1", ~0x1F),
+        ("CSSELR_EL1", 0xF),
+    )
+}
+"""Registers of which that host's CPU has not all bits: when a vCPU comes onto the CPU, the others are lost."""
+
 CACHES: Final[Mapping[int, int]] = {0: 0x701F_E00A, 1: 0x201F_E012, 2: 0x70FF_E07A}
 """CCSIDR_EL1 of that host by CSSELR_EL1: level 1 data and instructions, level 2."""
 
@@ -285,7 +298,7 @@ class SystemRegisters:
         host: the host's ID registers, which all vCPUs of a VM share.
     """
 
-    __slots__ = ("features", "host", "state")
+    __slots__ = ("_loaded", "features", "host", "state")
 
     def __init__(self, host: dict[int, int]) -> None:
         self.host = host
@@ -298,6 +311,7 @@ class SystemRegisters:
     def reset(self, features: frozenset[int]) -> None:
         """KVM_ARM_VCPU_INIT."""
         self.features = features
+        self._loaded = False
         self.state = {row.encoding: row.reset for row in REGISTERS if row.kind is Kind.STATE}
 
     def visible(self, row: SysReg) -> bool:
@@ -314,12 +328,24 @@ class SystemRegisters:
                 value &= ~fields.get(row.name, 0)
         return value
 
+    def put(self, row: SysReg, value: int) -> None:
+        """Set a STATE register."""
+        self.state[row.encoding] = value
+        self._loaded = False
+
+    def load(self) -> None:
+        """The vCPU comes onto a CPU, and the registers with it."""
+        if not self._loaded:
+            self._loaded = True
+            for at, bits in _HARDWARE.items():
+                self.state[at] &= bits
+
     # -- what the guest does
 
     def read(self, name: str) -> int:
         """MRS. KeyError for a register that EL1 does not have here."""
         if name == "CCSIDR_EL1":
-            return self._ccsidr()
+            return CACHES.get(self.state[CSSELR] & 0xF, 0)
         return self.get(self._of_el1(name))
 
     def write(self, name: str, value: int) -> None:
@@ -330,16 +356,10 @@ class SystemRegisters:
         row = self._of_el1(name)
         if row.kind is not Kind.STATE or row.encoding in (MPIDR, OSLSR):
             raise KeyError(name)
-        self.state[row.encoding] = value & _MASK64
+        self.state[row.encoding] = value & _MASK64 & _HARDWARE.get(row.encoding, _MASK64)
 
     def _of_el1(self, name: str) -> SysReg:
         row = BY_NAME[name]
         if row.kind is Kind.PMU or not self.visible(row) or name.endswith("_EL2"):
             raise KeyError(name)
         return row
-
-    def _ccsidr(self) -> int:
-        selected = self.state[CSSELR] & 0xF
-        geometry = CACHES.get(selected, 0)
-        # Guests are kept from walking data caches by set and way: they see one of each.
-        return geometry if selected & 1 else geometry & ~(((1 << 25) - 1) << 3)
