@@ -46,6 +46,10 @@ def new_device(machine: Arm) -> Any:
     return machine.vm.create_device(uapi.KVM_DEV_TYPE_ARM_VGIC_V3)
 
 
+def new_vfio(machine: Arm) -> Any:
+    return machine.vm.create_device(uapi.KVM_DEV_TYPE_VFIO)
+
+
 def state(machine: Arm) -> Any:
     """All that the calls above could have changed."""
     vm = machine.inside
@@ -77,6 +81,7 @@ def state(machine: Arm) -> Any:
         pytest.param(
             new_device, "fabric.devices.arm.vgic_v3.VgicV3.__init__", marks=spec("api.create-device.ENOMEM.alloc")
         ),
+        pytest.param(new_vfio, "fabric.devices.vfio.Vfio.__init__", marks=spec("vfio.create.ENOMEM.alloc")),
     ],
 )
 def test_an_allocation_that_fails(call: Callable[[Arm], Any], allocated: str, monkeypatch: pytest.MonkeyPatch) -> None:
