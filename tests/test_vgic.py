@@ -359,17 +359,19 @@ def test_a_long_list_is_put_in_order_for_good() -> None:
     machine.check()
 
 
-def test_an_active_interrupt_without_a_vcpu_joins_one_at_the_next_event() -> None:
-    """Made active while it has no target; giving it one is no event, raising it is."""
+@pytest.mark.parametrize("event", ["pend_edge", "activate"])
+def test_an_active_interrupt_without_a_vcpu_joins_one_at_the_next_event(event: str) -> None:
+    """Made active while it has no target; giving it one is no event, raising it is, and so is making it active."""
     machine = GicMachine()
     irq = machine.spi(32)
     machine.vgic.retarget(irq, None)
     machine.vgic.activate(irq)
     machine.vgic.retarget(irq, machine.cpu)
     assert 0 == machine.cpu.nr_active
-    machine.vgic.pend_edge(irq)
+    getattr(machine.vgic, event)(irq)
     machine.check()
     assert 1 == machine.cpu.nr_active
+    machine.vgic.pend_edge(irq)
     assert SPURIOUS == take(machine)
     machine.vgic.deactivate(irq, ended=False)
 

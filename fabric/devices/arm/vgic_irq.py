@@ -472,6 +472,7 @@ class VgicCpu(_HotFields):
             self._sort()
         if not self.forwarding:
             self.purge()
+            self.refresh()
         if self.parked:
             parked = sorted(self.parked.items())
             for seq, irq in parked:
