@@ -1,0 +1,100 @@
+"""``save`` and ``restore``: a whole machine through its KVM interface, in the documented order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from fabric.errors import ConfigError, LedgerError
+from fabric.migration import arm64
+from fabric.migration.arm64_state import VERSION, ArmState
+from fabric.migration.arm64_vm import ArmVm
+from fabric.migration.steps import play
+
+if TYPE_CHECKING:
+    from fabric.trace.ledger import Ledger
+    from fabric.vcpu import Guest
+
+NOT_KEPT = "not kept by save and restore"
+"""Why an interrupt is dropped that was pending when a machine was saved and is not where it was restored."""
+
+
+@attrs.frozen(eq=False)
+class Saved:
+    """A saved machine."""
+
+    state: ArmState
+    """What the KVM interface gave, to be pickled or written as JSON."""
+    guests: tuple[Guest | None, ...] = ()
+    """What ran on the vCPUs: suspended programs, which exist once. Empty for a state that was read from a file."""
+    devices: tuple[Any, ...] = ()
+    """Device backends of a :class:`~fabric.vmm.Machine`, which go along as they are."""
+    pending: int | None = None
+    """How many interrupts left the first VM's ledger with the guests."""
+
+
+def save(source: ArmVm) -> Saved:
+    """Save a machine whose vCPUs and devices stand still, and take its guests out.
+
+    Raises:
+        MigrationError: a step failed: a vCPU is inside KVM_RUN, the VM is dead, a table is not in memory, ...
+        RuntimeError: a guest has failed.
+    """
+    found: dict[str, Any] = {}
+    for _ in play(arm64.SEQUENCES[source.gic_version][0], source, found):
+        pass
+    guests = tuple(source.guests)
+    ledger = _ledger(source)
+    pending = ledger.handed_over if ledger is not None and any(guests) else None
+    return Saved(ArmState(VERSION, **found), guests, pending=pending)
+
+
+def restore(saved: Saved, target: ArmVm) -> None:
+    """Bring a saved machine back, in a VM that is made on the way or, when ``target`` has one, in that.
+
+    The target is new: nothing has run on it, and its memory is all zeros. When this fails it is of no use any more,
+    and the guests are still in ``saved``.
+
+    Raises:
+        ConfigError: the VM that is there is not set up as the saved one was; every difference is named.
+        MigrationError: a step failed.
+    """
+    state = saved.state
+    if state.version != VERSION:
+        raise ConfigError("restore", [f"the state has version {state.version}, and this is version {VERSION}"])
+    exists = target.vm is not None
+    if exists and (problems := arm64.differences(target, state)):
+        raise ConfigError("restore", problems)
+    target.guests = list(saved.guests)
+    steps = arm64.SEQUENCES[arm64.gic_version(state)][1]
+    try:
+        for _ in play([step for step in steps if not (exists and step.creates)], target, state):
+            pass
+    except BaseException:
+        # What was made pending here so far still is the first machine's.
+        if (ledger := _ledger(target)) is not None:
+            ledger.hand_over()
+        raise
+    _settle(saved, target)
+
+
+def _settle(saved: Saved, target: ArmVm) -> None:
+    """Account for what was pending in the first machine and is not in this one."""
+    ledger = _ledger(target)
+    if saved.pending is None or ledger is None:
+        return
+    lost = saved.pending - ledger.statement().pending
+    if lost < 0:
+        raise LedgerError(f"{saved.pending} interrupts were saved pending, and {-lost} more are restored")
+    ledger.raised += lost
+    ledger.drop(NOT_KEPT, lost)
+
+
+def _ledger(vm: ArmVm) -> Ledger | None:
+    """The ledger of a simulated VM."""
+    look_inside = getattr(vm.host.kvm, "vm", None)
+    if look_inside is None or vm.vm is None:
+        return None
+    ledger: Ledger = look_inside(vm.vm.fd).ledger
+    return ledger
