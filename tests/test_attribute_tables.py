@@ -13,8 +13,6 @@ from fabric.devices.registry import DEVICE_TYPES
 from fabric.kvm.arm64_vcpu import ArmVcpuPart
 from fabric.uapi import kvm as uapi
 
-spec = pytest.mark.spec
-
 ROWS: dict[str, dict[str, Any]] = {
     row["id"]: row
     for file in files("fabric.conformance").joinpath("inventory").iterdir()
@@ -37,37 +35,37 @@ def case(mark: pytest.MarkDecorator) -> Any:
 @pytest.mark.parametrize(
     "id",
     [
-        case(spec("vcpu.pmu.irq")),
-        case(spec("vcpu.pmu.init")),
-        case(spec("vcpu.pmu.filter")),
-        case(spec("vcpu.pmu.set-pmu")),
-        case(spec("vcpu.timer.vtimer")),
-        case(spec("vcpu.timer.ptimer")),
-        case(spec("vcpu.pvtime.ipa")),
-        case(spec("vgic-v2.addr.dist")),
-        case(spec("vgic-v2.addr.cpu")),
-        case(spec("vgic-v2.dist-regs")),
-        case(spec("vgic-v2.cpu-regs")),
-        case(spec("vgic-v2.nr-irqs")),
-        case(spec("vgic-v2.ctrl.init")),
-        case(spec("vgic-v3.addr.dist")),
-        case(spec("vgic-v3.addr.redist")),
-        case(spec("vgic-v3.addr.redist-region")),
-        case(spec("vgic-v3.dist-regs")),
-        case(spec("vgic-v3.redist-regs")),
-        case(spec("vgic-v3.cpu-sysregs")),
-        case(spec("vgic-v3.nr-irqs")),
-        case(spec("vgic-v3.ctrl.init")),
-        case(spec("vgic-v3.ctrl.save-pending-tables")),
-        case(spec("vgic-v3.level-info")),
-        case(spec("its.addr.its")),
-        case(spec("its.ctrl.init")),
-        case(spec("its.ctrl.reset")),
-        case(spec("its.ctrl.save-tables")),
-        case(spec("its.ctrl.restore-tables")),
-        case(spec("its.its-regs")),
-        case(spec("vfio.group.add")),
-        case(spec("vfio.group.del")),
+        case(pytest.mark.spec("vcpu.pmu.irq")),
+        case(pytest.mark.spec("vcpu.pmu.init")),
+        case(pytest.mark.spec("vcpu.pmu.filter")),
+        case(pytest.mark.spec("vcpu.pmu.set-pmu")),
+        case(pytest.mark.spec("vcpu.timer.vtimer")),
+        case(pytest.mark.spec("vcpu.timer.ptimer")),
+        case(pytest.mark.spec("vcpu.pvtime.ipa")),
+        case(pytest.mark.spec("vgic-v2.addr.dist")),
+        case(pytest.mark.spec("vgic-v2.addr.cpu")),
+        case(pytest.mark.spec("vgic-v2.dist-regs")),
+        case(pytest.mark.spec("vgic-v2.cpu-regs")),
+        case(pytest.mark.spec("vgic-v2.nr-irqs")),
+        case(pytest.mark.spec("vgic-v2.ctrl.init")),
+        case(pytest.mark.spec("vgic-v3.addr.dist")),
+        case(pytest.mark.spec("vgic-v3.addr.redist")),
+        case(pytest.mark.spec("vgic-v3.addr.redist-region")),
+        case(pytest.mark.spec("vgic-v3.dist-regs")),
+        case(pytest.mark.spec("vgic-v3.redist-regs")),
+        case(pytest.mark.spec("vgic-v3.cpu-sysregs")),
+        case(pytest.mark.spec("vgic-v3.nr-irqs")),
+        case(pytest.mark.spec("vgic-v3.ctrl.init")),
+        case(pytest.mark.spec("vgic-v3.ctrl.save-pending-tables")),
+        case(pytest.mark.spec("vgic-v3.level-info")),
+        case(pytest.mark.spec("its.addr.its")),
+        case(pytest.mark.spec("its.ctrl.init")),
+        case(pytest.mark.spec("its.ctrl.reset")),
+        case(pytest.mark.spec("its.ctrl.save-tables")),
+        case(pytest.mark.spec("its.ctrl.restore-tables")),
+        case(pytest.mark.spec("its.its-regs")),
+        case(pytest.mark.spec("vfio.group.add")),
+        case(pytest.mark.spec("vfio.group.del")),
     ],
 )
 def test_an_attribute_is_that_of_the_inventory(id: str) -> None:
@@ -88,7 +86,13 @@ def test_an_attribute_is_that_of_the_inventory(id: str) -> None:
 
 @pytest.mark.parametrize(
     "interface",
-    [case(spec("vcpu")), case(spec("vgic-v2")), case(spec("vgic-v3")), case(spec("its")), case(spec("vfio"))],
+    [
+        case(pytest.mark.spec("vcpu")),
+        case(pytest.mark.spec("vgic-v2")),
+        case(pytest.mark.spec("vgic-v3")),
+        case(pytest.mark.spec("its")),
+        case(pytest.mark.spec("vfio")),
+    ],
 )
 def test_a_table_has_what_the_inventory_has_and_no_more(interface: str) -> None:
     """Besides the rows for any other attribute."""

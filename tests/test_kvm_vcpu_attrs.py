@@ -35,9 +35,6 @@ def fault(vcpu: VcpuFd, group: int, attr: int, request: int = requests.KVM_SET_D
     return vcpu.ioctl(request, uapi.KvmDeviceAttr(0, group, attr, 8))
 
 
-spec = pytest.mark.spec
-
-
 def case(mark: pytest.MarkDecorator, make: Callable[[], Arm], *calls: Callable[[Arm, VcpuFd, VcpuFd], Any]) -> Any:
     """The last call gives the errno that the row's id names; those before it succeed."""
     row = mark.args[0]
@@ -80,41 +77,47 @@ ALLOW = arm.KvmPmuEventFilter(0x11, 1, arm.KVM_PMU_EVENT_ALLOW)
 READ = requests.KVM_GET_DEVICE_ATTR
 
 CASES = [
-    case(spec("vcpu.pmu.irq.ENODEV.no-feature"), no_pmu, set_(PMU, IRQ, 23)),
-    case(spec("vcpu.pmu.irq.EINVAL.no-irqchip"), no_gic, set_(PMU, IRQ, 23)),
-    case(spec("vcpu.pmu.irq.EFAULT.user-ptr"), pmu, bad(PMU, IRQ)),
-    case(spec("vcpu.pmu.irq.EINVAL.number"), pmu, set_(PMU, IRQ, 15)),
-    case(spec("vcpu.pmu.irq.EINVAL.conflict"), pmu, set_(PMU, IRQ, 23), set_(PMU, IRQ, 24, other=True)),
-    case(spec("vcpu.pmu.irq.EBUSY.already-set"), pmu, set_(PMU, IRQ, 23), set_(PMU, IRQ, 23)),
-    case(spec("vcpu.pmu.irq.EBUSY.initialised"), pmu, set_(PMU, IRQ, 23), set_(PMU, INIT), set_(PMU, IRQ, 15)),
-    case(spec("vcpu.pmu.irq.ENXIO.not-set"), pmu, get(PMU, IRQ)),
-    case(spec("vcpu.pmu.init.ENODEV.unsupported"), no_pmu, set_(PMU, INIT)),
-    case(spec("vcpu.pmu.init.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, INIT)),
-    case(spec("vcpu.pmu.init.ENODEV.gic-not-initialised"), uninitialised, set_(PMU, IRQ, 23), set_(PMU, INIT)),
-    case(spec("vcpu.pmu.init.ENXIO.irq-not-set"), pmu, set_(PMU, INIT)),
-    case(spec("vcpu.pmu.init.EINVAL.irq-range"), pmu, set_(PMU, IRQ, 900), set_(PMU, INIT)),
-    case(spec("vcpu.pmu.init.ENXIO.read"), pmu, get(PMU, INIT)),
-    case(spec("vcpu.pmu.filter.ENODEV.no-feature"), no_pmu, set_(PMU, FILTER, ALLOW)),
-    case(spec("vcpu.pmu.filter.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, FILTER, ALLOW)),
-    case(spec("vcpu.pmu.filter.EFAULT.user-ptr"), pmu, bad(PMU, FILTER)),
-    case(spec("vcpu.pmu.filter.EINVAL.range"), pmu, set_(PMU, FILTER, arm.KvmPmuEventFilter(0xFFFF, 2))),
-    case(spec("vcpu.pmu.filter.EINVAL.action"), pmu, set_(PMU, FILTER, arm.KvmPmuEventFilter(0x11, 1, 2))),
-    case(spec("vcpu.pmu.filter.ENXIO.read"), pmu, get(PMU, FILTER)),
-    case(spec("vcpu.pmu.set-pmu.ENODEV.no-feature"), no_pmu, set_(PMU, SET_PMU, 8)),
-    case(spec("vcpu.pmu.set-pmu.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, SET_PMU, 8)),
-    case(spec("vcpu.pmu.set-pmu.EFAULT.user-ptr"), pmu, bad(PMU, SET_PMU)),
-    case(spec("vcpu.pmu.set-pmu.ENXIO.unknown"), pmu, set_(PMU, SET_PMU, 7)),
-    case(spec("vcpu.pmu.set-pmu.ENXIO.read"), pmu, get(PMU, SET_PMU)),
-    case(spec("vcpu.timer.vtimer.EINVAL.no-irqchip"), no_gic, bad(TIMER, 0)),
-    case(spec("vcpu.timer.vtimer.EFAULT.user-ptr"), pmu, bad(TIMER, 0, READ)),
-    case(spec("vcpu.timer.vtimer.EINVAL.not-ppi"), pmu, set_(TIMER, 0, 32)),
-    case(spec("vcpu.timer.ptimer.EINVAL.no-irqchip"), no_gic, set_(TIMER, 1, 20)),
-    case(spec("vcpu.timer.ptimer.EFAULT.user-ptr"), pmu, bad(TIMER, 1)),
-    case(spec("vcpu.timer.ptimer.EINVAL.not-ppi"), pmu, set_(TIMER, 1, 15)),
-    case(spec("vcpu.pvtime.ipa.EFAULT.user-ptr"), memory, bad(PVTIME, 0)),
-    case(spec("vcpu.pvtime.ipa.EINVAL.align"), memory, set_(PVTIME, 0, RAM + 32)),
-    case(spec("vcpu.pvtime.ipa.EEXIST.already-set"), memory, set_(PVTIME, 0, RAM), set_(PVTIME, 0, RAM + 64)),
-    case(spec("vcpu.pvtime.ipa.EINVAL.no-slot"), memory, set_(PVTIME, 0, RAM + RAM_SIZE)),
+    case(pytest.mark.spec("vcpu.pmu.irq.ENODEV.no-feature"), no_pmu, set_(PMU, IRQ, 23)),
+    case(pytest.mark.spec("vcpu.pmu.irq.EINVAL.no-irqchip"), no_gic, set_(PMU, IRQ, 23)),
+    case(pytest.mark.spec("vcpu.pmu.irq.EFAULT.user-ptr"), pmu, bad(PMU, IRQ)),
+    case(pytest.mark.spec("vcpu.pmu.irq.EINVAL.number"), pmu, set_(PMU, IRQ, 15)),
+    case(pytest.mark.spec("vcpu.pmu.irq.EINVAL.conflict"), pmu, set_(PMU, IRQ, 23), set_(PMU, IRQ, 24, other=True)),
+    case(pytest.mark.spec("vcpu.pmu.irq.EBUSY.already-set"), pmu, set_(PMU, IRQ, 23), set_(PMU, IRQ, 23)),
+    case(
+        pytest.mark.spec("vcpu.pmu.irq.EBUSY.initialised"), pmu, set_(PMU, IRQ, 23), set_(PMU, INIT), set_(PMU, IRQ, 15)
+    ),
+    case(pytest.mark.spec("vcpu.pmu.irq.ENXIO.not-set"), pmu, get(PMU, IRQ)),
+    case(pytest.mark.spec("vcpu.pmu.init.ENODEV.unsupported"), no_pmu, set_(PMU, INIT)),
+    case(pytest.mark.spec("vcpu.pmu.init.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, INIT)),
+    case(
+        pytest.mark.spec("vcpu.pmu.init.ENODEV.gic-not-initialised"), uninitialised, set_(PMU, IRQ, 23), set_(PMU, INIT)
+    ),
+    case(pytest.mark.spec("vcpu.pmu.init.ENXIO.irq-not-set"), pmu, set_(PMU, INIT)),
+    case(pytest.mark.spec("vcpu.pmu.init.EINVAL.irq-range"), pmu, set_(PMU, IRQ, 900), set_(PMU, INIT)),
+    case(pytest.mark.spec("vcpu.pmu.init.ENXIO.read"), pmu, get(PMU, INIT)),
+    case(pytest.mark.spec("vcpu.pmu.filter.ENODEV.no-feature"), no_pmu, set_(PMU, FILTER, ALLOW)),
+    case(pytest.mark.spec("vcpu.pmu.filter.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, FILTER, ALLOW)),
+    case(pytest.mark.spec("vcpu.pmu.filter.EFAULT.user-ptr"), pmu, bad(PMU, FILTER)),
+    case(pytest.mark.spec("vcpu.pmu.filter.EINVAL.range"), pmu, set_(PMU, FILTER, arm.KvmPmuEventFilter(0xFFFF, 2))),
+    case(pytest.mark.spec("vcpu.pmu.filter.EINVAL.action"), pmu, set_(PMU, FILTER, arm.KvmPmuEventFilter(0x11, 1, 2))),
+    case(pytest.mark.spec("vcpu.pmu.filter.ENXIO.read"), pmu, get(PMU, FILTER)),
+    case(pytest.mark.spec("vcpu.pmu.set-pmu.ENODEV.no-feature"), no_pmu, set_(PMU, SET_PMU, 8)),
+    case(pytest.mark.spec("vcpu.pmu.set-pmu.EBUSY.initialised"), no_gic, set_(PMU, INIT), set_(PMU, SET_PMU, 8)),
+    case(pytest.mark.spec("vcpu.pmu.set-pmu.EFAULT.user-ptr"), pmu, bad(PMU, SET_PMU)),
+    case(pytest.mark.spec("vcpu.pmu.set-pmu.ENXIO.unknown"), pmu, set_(PMU, SET_PMU, 7)),
+    case(pytest.mark.spec("vcpu.pmu.set-pmu.ENXIO.read"), pmu, get(PMU, SET_PMU)),
+    case(pytest.mark.spec("vcpu.timer.vtimer.EINVAL.no-irqchip"), no_gic, bad(TIMER, 0)),
+    case(pytest.mark.spec("vcpu.timer.vtimer.EFAULT.user-ptr"), pmu, bad(TIMER, 0, READ)),
+    case(pytest.mark.spec("vcpu.timer.vtimer.EINVAL.not-ppi"), pmu, set_(TIMER, 0, 32)),
+    case(pytest.mark.spec("vcpu.timer.ptimer.EINVAL.no-irqchip"), no_gic, set_(TIMER, 1, 20)),
+    case(pytest.mark.spec("vcpu.timer.ptimer.EFAULT.user-ptr"), pmu, bad(TIMER, 1)),
+    case(pytest.mark.spec("vcpu.timer.ptimer.EINVAL.not-ppi"), pmu, set_(TIMER, 1, 15)),
+    case(pytest.mark.spec("vcpu.pvtime.ipa.EFAULT.user-ptr"), memory, bad(PVTIME, 0)),
+    case(pytest.mark.spec("vcpu.pvtime.ipa.EINVAL.align"), memory, set_(PVTIME, 0, RAM + 32)),
+    case(
+        pytest.mark.spec("vcpu.pvtime.ipa.EEXIST.already-set"), memory, set_(PVTIME, 0, RAM), set_(PVTIME, 0, RAM + 64)
+    ),
+    case(pytest.mark.spec("vcpu.pvtime.ipa.EINVAL.no-slot"), memory, set_(PVTIME, 0, RAM + RAM_SIZE)),
 ]
 
 

@@ -12,8 +12,6 @@ from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 
-spec = pytest.mark.spec
-
 PMU, SVE = arm.KVM_ARM_VCPU_PMU_V3, arm.KVM_ARM_VCPU_SVE
 SCTLR_LIKE = arm.arm64_sys_reg(3, 7, 15, 15, 7)
 """A system register that nobody has."""
@@ -25,7 +23,7 @@ def run(vcpu: VcpuFd) -> Any:
     return outcome(vcpu.ioctl, requests.KVM_RUN)
 
 
-@spec("api.arm-vcpu-init", "api.arm-vcpu-init.rule.needed", "api.arm-vcpu-init.EFAULT.struct")
+@pytest.mark.spec("api.arm-vcpu-init", "api.arm-vcpu-init.rule.needed", "api.arm-vcpu-init.EFAULT.struct")
 def test_a_vcpu_is_initialised_before_it_runs() -> None:
     """KVM_RUN is ENOEXEC until then; a struct that cannot be read changes nothing; it resets the vCPU."""
     vcpu = Arm(0, gic=False).vm.create_vcpu(0)
@@ -42,7 +40,7 @@ def test_a_vcpu_is_initialised_before_it_runs() -> None:
     assert 0 == vcpu.get_reg(x0)
 
 
-@spec("api.arm-vcpu-init.rule.pmu")
+@pytest.mark.spec("api.arm-vcpu-init.rule.pmu")
 @pytest.mark.parametrize(("pmu_ids", "answer"), [((8,), None), ((), "EINVAL")])
 def test_the_pmu_feature_needs_a_pmu(pmu_ids: tuple[int, ...], answer: str | None) -> None:
     """Where KVM_CAP_ARM_PMU_V3 is 0 the feature is EINVAL."""
@@ -53,7 +51,7 @@ def test_the_pmu_feature_needs_a_pmu(pmu_ids: tuple[int, ...], answer: str | Non
     assert answer == outcome(vcpu.init, [PMU])
 
 
-@spec("api.arm-vcpu-init.rule.all-vcpus-first")
+@pytest.mark.spec("api.arm-vcpu-init.rule.all-vcpus-first")
 def test_vcpus_should_all_be_there_first() -> None:
     """Nothing enforces it. But what an initialised vCPU was told does not count for one that comes later."""
     machine = Arm(1, init=False)
@@ -64,7 +62,7 @@ def test_vcpus_should_all_be_there_first() -> None:
     assert [20, 27] == [vcpu.get_attr(1, 0, 4) for vcpu in (machine.vcpus[0], later)]
 
 
-@spec("api.run.rule.hooks")
+@pytest.mark.spec("api.run.rule.hooks")
 def test_the_first_run_asks_gic_timers_and_pmu() -> None:
     """Each on its own keeps a vCPU from running: a GIC without addresses, timers on one PPI, a PMU not initialised."""
     unplaced = Arm(1, gic=False)
@@ -80,7 +78,7 @@ def test_the_first_run_asks_gic_timers_and_pmu() -> None:
 # -- registers
 
 
-@spec("api.set-one-reg", "api.get-one-reg")
+@pytest.mark.spec("api.set-one-reg", "api.get-one-reg")
 def test_a_register_is_read_as_written() -> None:
     """By its id, through the address in the struct."""
     machine = Arm(gic=False)
@@ -94,7 +92,7 @@ def test_a_register_is_read_as_written() -> None:
     assert 0x1234 == int.from_bytes(machine.user.read(place, 8), "little")
 
 
-@spec(
+@pytest.mark.spec(
     "api.set-one-reg.ENOENT.unknown",
     "api.set-one-reg.EINVAL.invalid",
     "api.get-one-reg.ENOENT.unknown",
@@ -122,7 +120,7 @@ def test_ids_that_name_no_register(request_: int) -> None:
     assert {"ENOEXEC"} == {answer(fresh, reg) for reg in cases}
 
 
-@spec("api.reg.ptimer-ctl", "api.reg.ptimer-cval", "api.reg.ptimer-cnt", "api.reg.ptimer-ctl.note.enoent")
+@pytest.mark.spec("api.reg.ptimer-ctl", "api.reg.ptimer-cval", "api.reg.ptimer-cnt", "api.reg.ptimer-ctl.note.enoent")
 @pytest.mark.parametrize("reg", [arm.KVM_REG_ARM_PTIMER_CTL, arm.KVM_REG_ARM_PTIMER_CVAL, arm.KVM_REG_ARM_PTIMER_CNT])
 def test_the_physical_timer_has_ids_and_no_registers(reg: int) -> None:
     """The header has the three ids; Linux 6.1 answers ENOENT to them."""
@@ -131,7 +129,7 @@ def test_the_physical_timer_has_ids_and_no_registers(reg: int) -> None:
     assert ["ENOENT", "ENOENT"] == [outcome(vcpu.get_reg, reg), outcome(vcpu.set_reg, reg, 1)]
 
 
-@spec("vcpu.first-run.EINVAL.pmu-irq")
+@pytest.mark.spec("vcpu.first-run.EINVAL.pmu-irq")
 def test_a_pmu_without_an_interrupt_for_the_gic() -> None:
     """One that was initialised before there was a GIC has none, and then the first run is EINVAL; without a GIC not."""
     machine = Arm(0, gic=False)
@@ -149,7 +147,7 @@ def test_a_pmu_without_an_interrupt_for_the_gic() -> None:
     assert ["EINVAL", "EINTR"] == [run(vcpu), run(other)]
 
 
-@spec("api.set-one-reg.EPERM.not-finalised", "api.get-one-reg.EPERM.not-finalised")
+@pytest.mark.spec("api.set-one-reg.EPERM.not-finalised", "api.get-one-reg.EPERM.not-finalised")
 def test_sve_registers_are_there_when_the_vcpu_is_finalised() -> None:
     """EPERM before; the vector lengths the other way round, as they are chosen before."""
     vcpu = Arm(0, gic=False).vm.create_vcpu(0)
