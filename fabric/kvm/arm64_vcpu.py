@@ -11,7 +11,7 @@ from functools import partial
 from sys import byteorder
 from typing import TYPE_CHECKING, ClassVar
 
-from fabric.clock.arch_timer import ArchTimers
+from fabric.clock.arch_timer import ArchTimer, ArchTimers
 from fabric.devices.attributes import AttrTable, Pointer
 from fabric.errors import KvmError
 from fabric.kvm.arm64_attrs import VCPU_ATTRIBUTES, s32
@@ -197,8 +197,7 @@ class ArmVcpuPart:
                 if _intids(other) != _intids(timers):
                     raise KvmError(errno.EINVAL, "the timer interrupts must be the same on all vCPUs")
             for timer, irq in lines:
-                timer.sink = partial(vgic.line_level, irq)
-                timer.level = irq.line  # as userspace restored it; the timer moves it from there when it is loaded
+                self._wire(timer, irq)
         self.timers_enabled = True
 
     def enable_pmu(self) -> None:
@@ -216,8 +215,20 @@ class ArmVcpuPart:
         elif self.pmu_irq is None or not arm.VGIC_NR_SGIS <= self.pmu_irq < vgic.nr_irqs:
             raise KvmError(errno.EINVAL, f"this GIC does not have the PMU's interrupt {self.pmu_irq}")
         else:
-            pmu.sink = partial(vgic.line_level, self.claim(self.pmu_irq, self))
+            self._wire(pmu, self.claim(self.pmu_irq, self))
         pmu.cpus = self.shared.pmu_cpus
+
+    def _wire(self, device: ArchTimer | Pmu, irq: WiredIrq) -> None:
+        """Have an interrupt follow the line of a device.
+
+        Where the device's registers were restored its line may be up already; that is the interrupt that userspace
+        restored in the GIC, and no other one.
+        """
+        vgic = self.vm.irqchip
+        device.sink = partial(vgic.line_level, irq)
+        if not irq.edge:
+            device.level = device.asserted
+            vgic.store_line(irq, device.level)
 
     def claim(self, intid: int, owner: object) -> WiredIrq:
         """Wire a PPI of this vCPU, or an SPI, to an in-kernel device.

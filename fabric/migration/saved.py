@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fabric.errors import ConfigError, LedgerError
+from fabric.errors import ConfigError
 from fabric.migration import arm64
 from fabric.migration.arm64_state import VERSION, ArmState
 from fabric.migration.arm64_vm import ArmVm
@@ -76,19 +76,9 @@ def restore(saved: Saved, target: ArmVm) -> None:
         if (ledger := _ledger(target)) is not None:
             ledger.hand_over()
         raise
-    _settle(saved, target)
-
-
-def _settle(saved: Saved, target: ArmVm) -> None:
-    """Account for what was pending in the first machine and is not in this one."""
-    ledger = _ledger(target)
-    if saved.pending is None or ledger is None:
-        return
-    lost = saved.pending - ledger.statement().pending
-    if lost < 0:
-        raise LedgerError(f"{saved.pending} interrupts were saved pending, and {-lost} more are restored")
-    ledger.raised += lost
-    ledger.drop(NOT_KEPT, lost)
+    if (ledger := _ledger(target)) is not None:
+        pending = ledger.statement().pending if saved.pending is None else saved.pending
+        ledger.take_over(pending, NOT_KEPT)
 
 
 def _ledger(vm: ArmVm) -> Ledger | None:

@@ -267,6 +267,11 @@ class Pmu:
             self._since = None
             self._timer.cancel()
 
+    @property
+    def asserted(self) -> bool:
+        """Where the line belongs now."""
+        return bool(self.pmcr & PMCR_E and self.ovs & self.inten)
+
     def executed(self) -> int:
         """For how many ns the guest has computed."""
         return self._executed if self._since is None else self._executed + self._clock.now - self._since
@@ -324,7 +329,7 @@ class Pmu:
                 self._timer.cancel()
             else:
                 self._timer.arm(self._since + self._due - self._executed)
-        level = bool(self.pmcr & PMCR_E and self.ovs & self.inten)
+        level = self.asserted
         if self.loaded and level != self.level:
             self.level = level
             if self.sink is not None:
