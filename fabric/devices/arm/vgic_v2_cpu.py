@@ -172,10 +172,11 @@ class VgicV2Cpu(VgicCpu):
         super().leave(entry)
 
     def purge(self) -> None:
+        left = [irq for irq in self.order if irq.active or _seq(irq) in self.parked]
         for irq in self.order:
-            if not irq.active:
+            if irq not in left:
                 irq.entry = None
-        self.order = self._active()
+        self.order = left
 
     def _place(self, irq: VgicIrq, seq: int | None) -> None:
         """Give ``irq`` the place ``seq`` on the list, or the last one."""
@@ -201,6 +202,10 @@ class VgicV2Cpu(VgicCpu):
     def arrange(self) -> None:
         self.order.sort(key=_seq)
         self.update()
+
+    def is_queued(self, entry: Entry) -> bool:
+        irq = entry[2]
+        return irq in self.order and not irq.active and entry[1] not in self.parked
 
     def _active(self) -> list[VgicIrq]:
         return [irq for irq in self.order if irq.active]
@@ -241,12 +246,12 @@ class VgicV2Cpu(VgicCpu):
 
     def _fill(self) -> None:
         """Choose what is in the list registers, with more to choose from than there are."""
-        if self.vcpu.running:
+        if self.vcpu.running and not self.parked:  # with parked ones it is in load(), which has sorted it
             self._sort()
             order = self.order
         else:
             order = self._sorted()
-        self.list_registers = chosen = []
+        chosen: list[VgicIrq] = []
         lowest = 0xFF
         for irq in order:
             if irq.priority > lowest or len(chosen) == NR_LIST_REGISTERS:
@@ -256,6 +261,7 @@ class VgicV2Cpu(VgicCpu):
             chosen.append(irq)
             if irq.intid < NR_SGIS and irq.open + irq.active > 1:
                 lowest = irq.priority
+        self.list_registers = chosen
 
     def _top(self) -> Entry | None:
         """The highest-priority pending interrupt in a list register, the first of equals."""
