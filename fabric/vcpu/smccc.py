@@ -31,6 +31,8 @@ from fabric.vcpu.exits import SystemEventExit
 from fabric.vcpu.pvtime import INVALID_IPA
 
 if TYPE_CHECKING:
+    from random import Random
+
     from fabric.vcpu.arm64 import Arm64Cpu, Arm64Vcpu
 
 SUCCESS: Final = 0
@@ -106,6 +108,7 @@ class Firmware:
     """As userspace set it; the newest while None."""
     services: dict[int, int] = attrs.field(factory=lambda: dict(SERVICES))
     """Bitmap register to the services that are on."""
+    entropy: Random | None = None
 
     def has(self, register: int, service: int) -> bool:
         """Whether a service is on."""
@@ -179,7 +182,10 @@ def _trng(width: int) -> Handler:
     def random(cpu: Arm64Cpu, bits: int, _a2: int, _a3: int) -> Words:
         if bits > 3 * width:
             return INVALID_PARAMETERS, 0, 0, 0
-        value = cpu._engine.rng(f"entropy of vCPU {cpu.number}").getrandbits(bits) if bits else 0
+        vcpu = cpu._vcpu
+        if vcpu.firmware.entropy is None:
+            vcpu.firmware.entropy = cpu._engine.rng(f"entropy of {vcpu.vm!r}")
+        value = vcpu.firmware.entropy.getrandbits(bits) if bits else 0
         words = [value >> width * n & (1 << width) - 1 for n in range(3)]
         return SUCCESS, words[2], words[1], words[0]
 
