@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from kvm_gic import (
     ADDR,
+    CPU_SYSREGS,
     CTRL,
     DIST,
     GICD,
     GICR,
     GITS,
+    ICC,
     INIT,
     ITS,
     ITS_ADDRESS,
@@ -36,7 +38,6 @@ from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 
-spec = pytest.mark.spec
 V2 = uapi.KVM_DEV_TYPE_ARM_VGIC_V2
 UNSET = 0xFFFF_FFFF_FFFF_FFFF
 LAST = 1 << 4
@@ -62,7 +63,7 @@ def region(index: int, base: int, count: int) -> int:
 # -- creation
 
 
-@spec("vgic-v3.create", "vgic-v3.create.rule.one-per-vm")
+@pytest.mark.spec("vgic-v3.create", "vgic-v3.create.rule.one-per-vm")
 def test_creation() -> None:
     """The VM takes up to 512 vCPUs from then on, no address is set, and no GIC of either model can be added."""
     vm = bare()
@@ -74,7 +75,7 @@ def test_creation() -> None:
     assert "EEXIST" == outcome(vm.vm.create_device, V3), "the GIC lives as long as its VM"
 
 
-@spec("vgic-v3.create.rule.its-separate")
+@pytest.mark.spec("vgic-v3.create.rule.its-separate")
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_itss_are_devices_of_their_own(before: int) -> None:
     """There may be several, made before the GIC or after it, and each has its own address."""
@@ -90,7 +91,7 @@ def test_itss_are_devices_of_their_own(before: int) -> None:
     assert 3 == len({its.fd for its in itss})
 
 
-@spec("vgic-v3.create.ENOMEM.alloc")
+@pytest.mark.spec("vgic-v3.create.ENOMEM.alloc")
 def test_no_memory_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOMEM, and the VM has no GIC; the next try goes through."""
     vm = GicVm(ready=False)
@@ -101,7 +102,7 @@ def test_no_memory_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     vm.vm.create_device(V3)
 
 
-@spec("vgic-v3.create-vcpu", "vgic-v3.addr.redist.rule.fills-in-vcpu-order")
+@pytest.mark.spec("vgic-v3.create-vcpu", "vgic-v3.addr.redist.rule.fills-in-vcpu-order")
 def test_a_new_vcpu_gets_the_next_redistributor() -> None:
     """In the order of creation, whatever the ids."""
     vm = bare(())
@@ -156,8 +157,10 @@ def test_a_region_that_is_refused_takes_frames_off_the_bus() -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        pytest.param((REDIST, GICR), marks=spec("vgic-v3.addr.redist.ENOSPC.io-bus-full")),
-        pytest.param((REGION, region(0, GICR, 2)), marks=spec("vgic-v3.addr.redist-region.ENOSPC.io-bus-full")),
+        pytest.param((REDIST, GICR), marks=pytest.mark.spec("vgic-v3.addr.redist.ENOSPC.io-bus-full")),
+        pytest.param(
+            (REGION, region(0, GICR, 2)), marks=pytest.mark.spec("vgic-v3.addr.redist-region.ENOSPC.io-bus-full")
+        ),
     ],
 )
 @pytest.mark.parametrize("room", [0, 1])
@@ -178,8 +181,8 @@ def test_the_bus_is_full(place: tuple[int, int], room: int) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        pytest.param((REDIST, GICR), marks=spec("vgic-v3.addr.redist.ENOMEM.alloc")),
-        pytest.param((REGION, region(0, GICR, 2)), marks=spec("vgic-v3.addr.redist-region.ENOMEM.alloc")),
+        pytest.param((REDIST, GICR), marks=pytest.mark.spec("vgic-v3.addr.redist.ENOMEM.alloc")),
+        pytest.param((REGION, region(0, GICR, 2)), marks=pytest.mark.spec("vgic-v3.addr.redist-region.ENOMEM.alloc")),
     ],
 )
 @pytest.mark.parametrize("record", ["Region", "RedistributorFrame"])
@@ -195,7 +198,7 @@ def test_no_memory_for_a_region(place: tuple[int, int], record: str, monkeypatch
     assert [0, 1] == [vcpu.cpu_interface.slot for vcpu in vm.inside.vcpus]
 
 
-@spec("vgic-v3.ctrl.init.ENOMEM.alloc")
+@pytest.mark.spec("vgic-v3.ctrl.init.ENOMEM.alloc")
 @pytest.mark.parametrize("what", ["vgic.WiredIrq", "vgic.Vgic.wired"])
 def test_no_memory_to_initialise(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOMEM while the interrupts are made or the routing table; the next try goes through."""
@@ -209,7 +212,7 @@ def test_no_memory_to_initialise(what: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert 0x50 == vm.dist(0)
 
 
-@spec("vgic-v3.ctrl.save-pending-tables.ENOMEM.alloc")
+@pytest.mark.spec("vgic-v3.ctrl.save-pending-tables.ENOMEM.alloc")
 def test_saving_pending_tables_needs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """It makes no records, so on a host without memory it works all the same."""
     vm = GicVm()
@@ -224,7 +227,7 @@ def test_saving_pending_tables_needs_no_memory(monkeypatch: pytest.MonkeyPatch) 
 # -- the first run
 
 
-@spec("vgic-v3.first-run", "vgic-v3.first-run.rule.vm-dead")
+@pytest.mark.spec("vgic-v3.first-run", "vgic-v3.first-run.rule.vm-dead")
 @pytest.mark.parametrize(
     ("missing", "code"), [("redist", "ENXIO"), ("dist", "ENXIO"), ("apart", "EINVAL"), ("init", "EBUSY")]
 )
@@ -273,7 +276,7 @@ def test_a_second_vcpu_finds_everything_checked() -> None:
 # -- initialisation
 
 
-@spec("vgic-v3.ctrl.init", "vgic-v3.ctrl.init.rule.mandatory", "vgic-v3.irq-line")
+@pytest.mark.spec("vgic-v3.ctrl.init", "vgic-v3.ctrl.init.rule.mandatory", "vgic-v3.irq-line")
 def test_initialising_brings_the_gic_to_life() -> None:
     """Registers and injection are busy before and work after; the number of interrupts is fixed."""
     vm = bare()
@@ -292,7 +295,7 @@ def test_initialising_brings_the_gic_to_life() -> None:
     assert "EBUSY" == outcome(vm.gic.set_attr, NR_IRQS, 0, 64)
 
 
-@spec(
+@pytest.mark.spec(
     "vgic-v3.ctrl.init.ENXIO.not-configured", "vgic-v3.ctrl.init.ENODEV.no-vcpu", "vgic-v3.ctrl.init.EFAULT.guest-ram"
 )
 @pytest.mark.parametrize("vcpus", [(), (0,), (0, 1)])
@@ -312,7 +315,7 @@ def test_initialising_asks_for_nothing(vcpus: tuple[int, ...], configured: bool,
     assert "EBUSY" == outcome(vm.vm.create_vcpu, 5)
 
 
-@spec("vgic-v3.ctrl.save-pending-tables.ENODEV.no-vcpu", "vgic-v3.ctrl.save-pending-tables")
+@pytest.mark.spec("vgic-v3.ctrl.save-pending-tables.ENODEV.no-vcpu", "vgic-v3.ctrl.save-pending-tables")
 def test_saving_pending_tables_without_a_vcpu() -> None:
     """There is nothing to save then, and no error; with vCPUs the bits are where their PENDBASER says."""
     vm = bare(())
@@ -328,7 +331,7 @@ def test_saving_pending_tables_without_a_vcpu() -> None:
     assert [b"\x05\0", b"\x02\0"] == saved
 
 
-@spec("vgic-v3.ctrl.save-pending-tables.ENXIO.wrong-model")
+@pytest.mark.spec("vgic-v3.ctrl.save-pending-tables.ENXIO.wrong-model")
 def test_a_gicv2_has_no_pending_tables() -> None:
     """The attribute is the GICv3's."""
     vm = GicVm(ready=False, host_gic=2)
@@ -338,10 +341,25 @@ def test_a_gicv2_has_no_pending_tables() -> None:
     assert "ENXIO" == outcome(gic.set_attr, CTRL, SAVE_PENDING_TABLES)
 
 
+@pytest.mark.spec("vgic-v3.cpu-sysregs.ENXIO.aarch32")
+def test_the_registers_of_an_aarch32_guest_are_the_same() -> None:
+    """The text has ENXIO for it, from a host that is no more: with 32-bit vCPUs no encoding answers so."""
+    vm = GicVm(ready=False)
+    vm.vcpus.append(vm.vm.create_vcpu(0))
+    vm.vcpus[0].init([arm.KVM_ARM_VCPU_EL1_32BIT])
+    vm.gic = vm.vm.create_device(V3)
+    vm.gic.set_attr(CTRL, INIT)
+    answers = [outcome(vm.gic.get_attr, CPU_SYSREGS, encoding) for encoding in range(0xC000, 0x1_0000)]
+
+    assert {"ENOENT", "EINVAL"} == {answer for answer in answers if isinstance(answer, str)}
+    assert 9 == sum(isinstance(answer, int) for answer in answers)
+    assert 0 == vm.gic.set_attr(CPU_SYSREGS, ICC["PMR"], 0xF0)
+
+
 # -- a guest
 
 
-@spec("vgic-v3")
+@pytest.mark.spec("vgic-v3")
 def test_what_a_guest_has_of_it() -> None:
     """One distributor for all, a redistributor each, a CPU interface in system registers."""
 

@@ -24,8 +24,6 @@ from kvm_machine import outcome
 import fabric
 from fabric.uapi import arm64 as arm
 
-spec = pytest.mark.spec
-
 
 def prepared() -> GicVm:
     """A guest in the middle of things: interrupts of all kinds pending, active, high, for vCPUs with sparse ids."""
@@ -89,7 +87,7 @@ def late(step: str, after: str) -> tuple[str, ...]:
     return tuple(steps)
 
 
-@spec("vgic-v3.seq.restore", "vgic-v3.seq.save", "vgic-v3.seq.restore.14-run")
+@pytest.mark.spec("vgic-v3.seq.restore", "vgic-v3.seq.save", "vgic-v3.seq.restore.14-run")
 def test_a_migrated_guest_goes_on_as_if_nothing_had_happened() -> None:
     """All registers read the same, and it takes the same interrupts in the same order."""
 
@@ -108,15 +106,17 @@ def test_a_migrated_guest_goes_on_as_if_nothing_had_happened() -> None:
 @pytest.mark.parametrize(
     ("steps", "differs"),
     [
-        pytest.param(late("its", "redist")[:-1], "redist", marks=spec("vgic-v3.seq.restore.3-create-its")),
-        pytest.param(without("nr-irqs"), "dist", marks=spec("vgic-v3.seq.restore.4-nr-irqs")),
-        pytest.param(without("iidr"), "iidr", marks=spec("vgic-v3.seq.restore.7-iidr")),
-        pytest.param(without("dist"), "dist", marks=spec("vgic-v3.seq.restore.8-dist")),
-        pytest.param(late("baser", "redist")[:-1], "baser", marks=spec("vgic-v3.seq.restore.9-redist-baser")),
-        pytest.param(without("redist"), "redist", marks=spec("vgic-v3.seq.restore.10-redist")),
-        pytest.param(without("sysregs"), "sysregs", marks=spec("vgic-v3.seq.restore.11-sysregs")),
-        pytest.param(without("levels"), "levels", marks=spec("vgic-v3.seq.restore.12-levels")),
-        pytest.param(without("its-state"), "its", marks=spec("vgic-v3.seq.restore.13-its")),
+        pytest.param(late("its", "redist")[:-1], "redist", marks=pytest.mark.spec("vgic-v3.seq.restore.3-create-its")),
+        pytest.param(without("nr-irqs"), "dist", marks=pytest.mark.spec("vgic-v3.seq.restore.4-nr-irqs")),
+        pytest.param(without("iidr"), "iidr", marks=pytest.mark.spec("vgic-v3.seq.restore.7-iidr")),
+        pytest.param(without("dist"), "dist", marks=pytest.mark.spec("vgic-v3.seq.restore.8-dist")),
+        pytest.param(
+            late("baser", "redist")[:-1], "baser", marks=pytest.mark.spec("vgic-v3.seq.restore.9-redist-baser")
+        ),
+        pytest.param(without("redist"), "redist", marks=pytest.mark.spec("vgic-v3.seq.restore.10-redist")),
+        pytest.param(without("sysregs"), "sysregs", marks=pytest.mark.spec("vgic-v3.seq.restore.11-sysregs")),
+        pytest.param(without("levels"), "levels", marks=pytest.mark.spec("vgic-v3.seq.restore.12-levels")),
+        pytest.param(without("its-state"), "its", marks=pytest.mark.spec("vgic-v3.seq.restore.13-its")),
     ],
 )
 def test_a_restore_without_a_step_or_with_one_too_late(steps: tuple[str, ...], differs: str) -> None:
@@ -129,9 +129,9 @@ def test_a_restore_without_a_step_or_with_one_too_late(steps: tuple[str, ...], d
 @pytest.mark.parametrize(
     ("steps", "code"),
     [
-        pytest.param(late("vcpus", "init"), "EBUSY", marks=spec("vgic-v3.seq.restore.6-init")),
-        pytest.param(without("init"), "EBUSY", marks=spec("vgic-v3.seq.restore.6-init")),
-        pytest.param(without("vcpus"), "EINVAL", marks=spec("vgic-v3.seq.restore.1-create-vcpus")),
+        pytest.param(late("vcpus", "init"), "EBUSY", marks=pytest.mark.spec("vgic-v3.seq.restore.6-init")),
+        pytest.param(without("init"), "EBUSY", marks=pytest.mark.spec("vgic-v3.seq.restore.6-init")),
+        pytest.param(without("vcpus"), "EINVAL", marks=pytest.mark.spec("vgic-v3.seq.restore.1-create-vcpus")),
     ],
 )
 def test_a_restore_that_cannot_go_on(steps: tuple[str, ...], code: str) -> None:
@@ -139,7 +139,7 @@ def test_a_restore_that_cannot_go_on(steps: tuple[str, ...], code: str) -> None:
     assert code == outcome(moved, steps=steps)
 
 
-@spec("vgic-v3.seq.restore.1-create-vcpus")
+@pytest.mark.spec("vgic-v3.seq.restore.1-create-vcpus")
 def test_other_ids_are_other_affinities() -> None:
     """Redistributors are restored by affinity, which follows from the id: with other ids they are not found."""
     saved = prepared().save()
@@ -148,7 +148,7 @@ def test_other_ids_are_other_affinities() -> None:
     assert "EINVAL" == outcome(destination.restore_redist, saved)
 
 
-@spec("vgic-v3.seq.restore.2-create-gic", "vgic-v3.seq.restore.5-addresses")
+@pytest.mark.spec("vgic-v3.seq.restore.2-create-gic", "vgic-v3.seq.restore.5-addresses")
 def test_without_a_gic_or_its_addresses() -> None:
     """No interrupt can be raised without a GIC, and no vCPU run while it has no addresses."""
     without_gic = GicVm(ready=False)
@@ -162,9 +162,9 @@ def test_without_a_gic_or_its_addresses() -> None:
 @pytest.mark.parametrize(
     ("step", "lost"),
     [
-        pytest.param("pending", {"pending"}, marks=spec("vgic-v3.seq.save.2-pending")),
-        pytest.param("tables", {"pending", "mapped"}, marks=spec("vgic-v3.seq.save.3-its")),
-        pytest.param("ram", {"pending", "mapped"}, marks=spec("vgic-v3.seq.save.5-ram")),
+        pytest.param("pending", {"pending"}, marks=pytest.mark.spec("vgic-v3.seq.save.2-pending")),
+        pytest.param("tables", {"pending", "mapped"}, marks=pytest.mark.spec("vgic-v3.seq.save.3-its")),
+        pytest.param("ram", {"pending", "mapped"}, marks=pytest.mark.spec("vgic-v3.seq.save.5-ram")),
         ("", set()),
     ],
 )
@@ -183,7 +183,7 @@ def test_what_a_save_without_a_step_loses(step: str, lost: set[str]) -> None:
     }
 
 
-@spec("vgic-v3.seq.save.1-stop")
+@pytest.mark.spec("vgic-v3.seq.save.1-stop")
 def test_nothing_can_be_saved_while_a_vcpu_runs() -> None:
     """EBUSY for pending tables, ITS tables, registers of all kinds and line levels."""
 
@@ -211,7 +211,7 @@ def test_nothing_can_be_saved_while_a_vcpu_runs() -> None:
     assert ["EBUSY"] * 6 == fabric.run(main)
 
 
-@spec("vgic-v3.seq.save.4-regs")
+@pytest.mark.spec("vgic-v3.seq.save.4-regs")
 def test_latch_and_line_are_saved_apart() -> None:
     """ISPENDR has the latches and LEVEL_INFO the lines: both together are what the guest reads in ISPENDR."""
 
