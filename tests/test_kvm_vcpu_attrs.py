@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from kvm_machine import RAM, RAM_SIZE, Arm, outcome
 
+from fabric.kvm.arm64_attrs import VCPU_ATTRIBUTES
 from fabric.kvm.typed import VcpuFd
 from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
@@ -164,3 +166,67 @@ def test_stolen_time_reads_all_ones_before_it_is_set() -> None:
     vcpu.set_attr(PVTIME, 0, RAM + 64)
 
     assert ((1 << 64) - 1, RAM + 64) == (before, vcpu.get_attr(PVTIME, 0))
+
+
+# -- what the text says otherwise than the kernel does
+
+
+@pytest.mark.spec("vcpu.pmu.irq.ENXIO.unsupported", "vcpu.pmu.init.ENXIO.no-feature")
+@pytest.mark.parametrize("options", [{"pmu_ids": ()}, {}], ids=["a host without PMU", "a vCPU without the feature"])
+def test_where_there_is_no_pmu(options: dict[str, Any]) -> None:
+    """The text has ENXIO; it is ENODEV for set and get, and ENXIO only for has. A get looks for a GIC first."""
+    vcpu = Arm(2, **options).vcpus[0]
+
+    for attr in (IRQ, INIT, FILTER, SET_PMU):
+        assert "ENODEV" == outcome(vcpu.set_attr, PMU, attr, 23)
+        assert "ENXIO" == outcome(vcpu.ioctl, requests.KVM_HAS_DEVICE_ATTR, uapi.KvmDeviceAttr(0, PMU, attr, 0))
+    assert "ENODEV" == outcome(vcpu.get_attr, PMU, IRQ, 4)
+    assert "EINVAL" == outcome(Arm(gic=False, **options).vcpus[0].get_attr, PMU, IRQ, 4)
+
+
+@pytest.mark.spec("vcpu.pmu.irq.note.ebusy-einval", "vcpu.pmu.irq.EINVAL.conflict", "vcpu.pmu.irq.EBUSY.already-set")
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [
+        pytest.param(23, 23, "EBUSY", id="the same PPI"),
+        pytest.param(23, 24, "EINVAL", id="another PPI"),
+        pytest.param(23, 40, "EBUSY", id="an SPI after a PPI"),
+        pytest.param(40, 40, "EINVAL", id="the same SPI"),
+        pytest.param(40, 41, "EBUSY", id="another SPI"),
+        pytest.param(40, 23, "EINVAL", id="a PPI after an SPI"),
+    ],
+)
+def test_a_second_interrupt(first: int, second: int, name: str) -> None:
+    """Whether the number goes with those that vCPUs have is asked first, this vCPU's own among them."""
+    vcpu = pmu().vcpus[0]
+    vcpu.set_attr(PMU, IRQ, first)
+
+    assert name == outcome(vcpu.set_attr, PMU, IRQ, second)
+    assert first == vcpu.get_attr(PMU, IRQ, 4)
+
+
+@pytest.mark.spec(
+    "vcpu.pmu.filter.ENODEV.gic-not-initialised",
+    "vcpu.pmu.filter.ENXIO.not-configured",
+    "vcpu.pmu.set-pmu.ENODEV.gic-not-initialised",
+)
+@pytest.mark.parametrize("make", [no_gic, uninitialised, pmu])
+@pytest.mark.parametrize("irq", [False, True], ids=["without an interrupt", "with an interrupt"])
+def test_filter_and_choice_need_no_gic(make: Callable[[], Arm], irq: bool) -> None:
+    """Neither looks at the GIC or at the interrupt: errors that the text has for those cannot be had."""
+    vcpu = make().vcpus[0]
+    if irq and make is not no_gic:
+        vcpu.set_attr(PMU, IRQ, 23)
+
+    assert [0, 0] == [outcome(vcpu.set_attr, PMU, SET_PMU, 8), outcome(vcpu.set_attr, PMU, FILTER, ALLOW)]
+
+
+@pytest.mark.spec("vcpu.pmu.set-pmu.ENOMEM.alloc")
+def test_choosing_a_pmu_needs_no_memory() -> None:
+    """It is a number that is kept: its row lists no ENOMEM, as that of a filter does."""
+    row = VCPU_ATTRIBUTES.find(PMU, SET_PMU)
+
+    assert row is not None
+    assert errno.ENOMEM not in row.errors
+    assert errno.ENOMEM in getattr(VCPU_ATTRIBUTES.find(PMU, FILTER), "errors", ())
+    assert 0 == outcome(pmu().vcpus[0].set_attr, PMU, SET_PMU, 8)
