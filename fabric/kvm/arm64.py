@@ -247,7 +247,7 @@ class Arm64(Architecture):
         if vm.irqchip is not None:
             try:
                 vm.irqchip.first_run()
-            except KvmError:
+            except (KvmError, MemoryError):
                 # A GIC that cannot be mapped is beyond repair: everything on this VM is EIO from here on.
                 vm.kill()
                 raise
