@@ -529,6 +529,22 @@ def test_an_unmapped_lpi_that_no_vcpu_has_is_dropped() -> None:
     assert {} == machine.vgic.lpis
 
 
+def test_an_unmapped_lpi_that_was_done_is_not_found_by_its_number() -> None:
+    """Not by GICR_INVLPIR, which would enable it again, and not by KVM_IRQ_LINE."""
+    machine = lpi_machine()
+    machine.vm.vcpus[0].running = True
+    irq = machine.lpi(8192)
+    machine.vgic.pend_edge(irq)
+    machine.vgic.remove_lpi(irq)
+    machine.vgic.set_lpi_config(irq, False, 0xA0)
+
+    machine.write(0xA0, 8192, 8, base=GICR_BASE)
+
+    assert SPURIOUS == take(machine)
+    assert errno.EINVAL == refusal(machine.vgic.inject_spi, 8192, True)
+    assert {"unmapped": 1} == machine.check().dropped
+
+
 @pytest.mark.spec("vgic-v3.redist-regs.rule.disable-flushes")
 def test_disabling_lpis_drops_those_queued_there() -> None:
     """Of that vCPU only, and not those that are disabled."""
