@@ -353,6 +353,33 @@ def test_an_sgi_is_taken_once_from_each_sender() -> None:
     assert (4, 3, 1) == ((statement := machine.check()).raised, statement.delivered, statement.coalesced)
 
 
+def test_who_listens_is_told_of_one_sender_at_a_time() -> None:
+    """So that each that is taken has a time from when it was the next."""
+    told: list[tuple[str, ...]] = []
+
+    class Listener:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: told.append((name, *args))
+
+    machine = Gicv2Machine(3)
+    machine.vgic.events = Listener()  # type: ignore[assignment]
+    machine.gicd(SPENDSGIR + 5, 0b111, size=1)
+    machine.gicd(CPENDSGIR + 5, 0b100, size=1)
+    for _ in range(2):
+        machine.gicc(EOIR, machine.gicc(IAR))
+    machine.gicd(SPENDSGIR + 5, 0b11, size=1)
+    machine.gicd(CPENDSGIR + 5, 0b11, size=1)
+
+    lives = [("pending", 0, 5), ("acknowledged", 0, 5)]
+    assert [
+        *lives, ("pending", 0, 5), ("completed", 0, 5), ("acknowledged", 0, 5), ("completed", 0, 5),
+        ("pending", 0, 5), ("dropped", 0, 5, "SGI cleared"),
+    ] == told  # fmt: skip
+    assert (5, 2, {"SGI cleared": 3}) == (
+        (statement := machine.check()).raised, statement.delivered, statement.dropped
+    )  # fmt: skip
+
+
 def test_gicc_hppir_leaves_out_the_sender() -> None:
     """So the recorded host does."""
     machine = Gicv2Machine(3)

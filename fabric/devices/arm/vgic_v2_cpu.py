@@ -103,6 +103,8 @@ class VgicV2Cpu(VgicCpu):
         self.ledger.delivered += 1
         if self.events is not None:
             self.events.acknowledged(self.index, irq.intid)
+            if isinstance(irq, Sgi) and irq.senders:
+                self.events.pending(self.index, irq.intid)
         return value
 
     def end(self, value: int, *, aliased: bool = False) -> None:
