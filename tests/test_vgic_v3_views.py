@@ -189,6 +189,60 @@ def test_setting_what_was_read_changes_nothing(
     machine.check()
 
 
+WORDS = [
+    # group, offset of the words, how many, what they keep of a value, and whether a value is added to what is there
+    pytest.param(DIST_REGS, 0x84, 1, ALL, False, id="GICD_IGROUPR"),
+    pytest.param(DIST_REGS, 0x104, 1, ALL, True, id="GICD_ISENABLER"),
+    pytest.param(DIST_REGS, 0x204, 1, ALL, False, id="GICD_ISPENDR"),
+    pytest.param(DIST_REGS, 0x304, 1, ALL, True, id="GICD_ISACTIVER"),
+    pytest.param(DIST_REGS, 0x420, 8, 0xF8F8_F8F8, False, id="GICD_IPRIORITYR"),
+    pytest.param(DIST_REGS, 0xC08, 2, 0xAAAA_AAAA, False, id="GICD_ICFGR"),
+    pytest.param(REDIST_REGS, SGI_BASE + 0x80, 1, ALL, False, id="GICR_IGROUPR0"),
+    pytest.param(REDIST_REGS, SGI_BASE + 0x100, 1, ALL, True, id="GICR_ISENABLER0"),
+    pytest.param(REDIST_REGS, SGI_BASE + 0x200, 1, ALL, False, id="GICR_ISPENDR0"),
+    pytest.param(REDIST_REGS, SGI_BASE + 0x300, 1, ALL, True, id="GICR_ISACTIVER0"),
+    pytest.param(REDIST_REGS, SGI_BASE + 0x400, 8, 0xF8F8_F8F8, False, id="GICR_IPRIORITYR0"),
+]
+
+
+@pytest.mark.parametrize(("group", "first", "count", "kept", "adds"), WORDS)
+@settings(max_examples=30)
+@given(values=st.lists(st.tuples(st.integers(0, 7), st.integers(0, ALL)), min_size=1, max_size=4))
+def test_what_is_set_is_read(
+    group: int, first: int, count: int, kept: int, adds: bool, values: list[tuple[int, int]]
+) -> None:
+    """In the bits there are; the registers that set bits add to them. Every vCPU has words of its own."""
+    machine = busy_machine()
+    cpu = 1 << 32 if group == REDIST_REGS else 0
+    other = machine.vgic.state().cpus[0]
+    for n, value in values:
+        attr = cpu | first + n % count * 4
+        expected = (machine.get(group, attr) if adds else 0) | value & kept
+        machine.set(group, attr, value)
+        assert expected == machine.get(group, attr)
+    if cpu:
+        assert other == machine.vgic.state().cpus[0]
+    machine.check()
+
+
+@settings(max_examples=30)
+@given(intid=st.integers(32, NR - 1), low=st.integers(0, ALL), high=st.integers(0, ALL), user=st.booleans())
+def test_a_route_keeps_three_levels(intid: int, low: int, high: int, user: bool) -> None:
+    """In the low word; whoever writes it, in words or at once, and the target follows."""
+    machine = GicMachine(2, nr_irqs=NR)
+    offset = 0x6000 + 8 * intid
+    if user:
+        machine.set(DIST_REGS, offset, low)
+        machine.set(DIST_REGS, offset + 4, high)
+    else:
+        machine.write(offset, high << 32 | low, 8)
+    kept = low & 0xFF_FFFF
+
+    assert [kept, 0] == [machine.get(DIST_REGS, offset + at) for at in (0, 4)]
+    assert kept == machine.read(offset, 8)
+    assert (kept if kept < 2 else None) == getattr(machine.vgic.spis[intid - 32].target, "index", None)
+
+
 @pytest.mark.parametrize(("group", "block", "frame", "base"), FRAMES)
 @settings(max_examples=60)
 @given(data=st.data(), size=st.sampled_from([1, 2, 4, 8]), value=st.integers(0, (1 << 64) - 1))
