@@ -133,6 +133,21 @@ def test_group_1_has_its_own_binary_point_unless_common() -> None:
         assert running == machine.gicc(RPR)
 
 
+@pytest.mark.parametrize(("priority", "preempts"), [(0x28, True), (0x30, False), (0x38, False)])
+def test_what_preempts_has_a_higher_priority_than_the_running_one(priority: int, preempts: bool) -> None:
+    """Whatever the binary point of its own group: the one of what runs has cut the running priority."""
+    machine = Gicv2Machine()
+    machine.gicc(CTLR, GRP0 | GRP1 | ACKCTL)
+    machine.gicc(ABPR, 5)
+    pend(machine, 0x30)
+    machine.gicc(IAR)
+    machine.vgic.set_group(machine.spi(40, priority=priority), 1)
+    machine.raise_spi(40)
+
+    assert preempts == machine.cpu.line
+    assert (40 if preempts else SPURIOUS) == machine.gicc(IAR)
+
+
 def test_a_level_is_pending_again_after_its_end_if_the_line_is_high() -> None:
     """A latch set by ISPENDR lasts until the end, and no longer."""
     machine = Gicv2Machine()

@@ -197,8 +197,7 @@ class Gicv2Test(RuleBasedStateMachine):
         irq, interface = self.top(cpu), self.cpus[cpu]
         if irq is None or irq.priority >= interface.pmr or not interface.group_enabled[irq.group]:
             return None
-        mask = interface.mask(irq.group)
-        return irq if irq.priority & mask < interface.running & mask else None
+        return irq if irq.priority < interface.running else None
 
     def shown(self, cpu: int, irq: ModelIrq | None, aliased: bool) -> int | None:
         """What is read in the place of ``irq``; None: itself."""

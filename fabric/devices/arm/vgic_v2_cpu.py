@@ -213,12 +213,23 @@ class VgicV2Cpu(VgicCpu):
         return [irq for irq in self.order if irq.active]
 
     def refresh(self) -> None:
-        """Fill the list registers, then as the base class."""
+        """Fill the list registers, and recompute thresholds and ``line``.
+
+        What preempts is what has a higher priority than the running one, which the binary point of its group cut
+        when it was taken. (GICv3 cuts both to the binary point of the pending one.)
+        """
         if self._long():
             self._fill()
         else:
             self.list_registers = self.order
-        super().refresh()
+        self.mask0 = -1 << max(self.bpr0 + 1, PRIORITY_SHIFT)
+        self.mask1 = self.mask0 if self.cbpr else -1 << max(self.bpr1, PRIORITY_SHIFT)
+        active = self.apr0
+        running = (active & -active).bit_length() - 1 << PRIORITY_SHIFT if active else 0x100
+        ceiling = min(self.pmr, running)
+        self.threshold0 = ceiling if self.igrpen0 else 0
+        self.threshold = ceiling if self.igrpen1 else 0
+        self.line = self._deliverable() is not None
 
     def _long(self) -> bool:
         """Whether KVM sorts the list, and chooses from it: because of its length, or of an SGI with several senders."""
