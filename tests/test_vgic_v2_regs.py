@@ -348,7 +348,12 @@ def test_gicc_ctlr_bits() -> None:
     assert 0 == machine.gicc(CTLR)
 
 
-@pytest.mark.spec("vgic-v2.reg.cpu.pmr", "vgic-v2.cpu-regs.rule.pmr-shifted", "vgic-v2.cpu-regs.rule.pmr-roundtrip")
+@pytest.mark.spec(
+    "vgic-v2.reg.cpu.pmr",
+    "vgic-v2.cpu-regs.rule.pmr-shifted",
+    "vgic-v2.cpu-regs.rule.pmr-roundtrip",
+    "layout.gicv2-pmr.rule.convert",
+)
 def test_gicc_pmr_is_shifted_for_userspace() -> None:
     """Five bits, in 4:0 for userspace and in 7:3 for the guest; the rest is dropped."""
     machine = Gicv2Machine(ready=False)
@@ -386,6 +391,8 @@ def test_binary_points() -> None:
     "vgic-v2.cpu-regs.rule.apr-format",
     "vgic-v2.cpu-regs.rule.apr-raz",
     "vgic-v2.cpu-regs.rule.apr-combined",
+    "layout.gicv2-apr.rule.levels",
+    "layout.gicv2-apr.rule.level-of-priority",
 )
 def test_active_priorities() -> None:
     """A bit for each of the 32 levels that five bits give, of both groups in APR0; APR1 to 3 stay zero."""
