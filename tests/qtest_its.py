@@ -36,6 +36,8 @@ DEVICES = (0, 1, 8, 77, 300, 8190, 9000)
 """The device table is for 8192 devices if it is flat; with two levels it has pages for device 0 to 16383."""
 NO_DEVICES = (7, 40_000, 0xFFFF, 0x1_0000, 0xFFFF_FFFF)
 NR_ITTS = 16
+MOST_WAITING = 60
+"""Commands; a queue has room for twice as many at least."""
 ID_BITS = 16
 
 
@@ -110,6 +112,8 @@ class ItsCommands(ItsQueue, Words):
         super().__init__(program, indirect=rng.random() < 0.5, queue_size=rng.choice((1, 1, 2)) << 12)
         self.forwarding = rng.random() < 0.5
         self.enabled = True
+        self.waiting = 0
+        """Commands stored since the ITS was disabled."""
         self.devices: dict[int, int] = {}
         """Device id to bits of event ids."""
         self.events: dict[tuple[int, int], tuple[int, int]] = {}
@@ -149,6 +153,7 @@ class ItsCommands(ItsQueue, Words):
     # Commands.
 
     def stored(self) -> None:
+        self.waiting += not self.enabled
         if self.rng.random() < 0.3:
             self.publish()
 
@@ -156,17 +161,19 @@ class ItsCommands(ItsQueue, Words):
         super().publish(size or self.rng.choice((4, 8)))
 
     def commands(self) -> None:
-        if not self.enabled:
+        """Some commands; if the ITS is disabled they wait, but those that need memory are not given then."""
+        if not self.enabled and self.waiting > MOST_WAITING:
             return
         for _ in range(self.rng.randint(1, 4)):
             kind = self.rng.random()
             if kind < 0.45:
                 self.use_event()
             elif kind < 0.75:
-                self.rng.choice(
-                    (self.map_event, self.map_event, self.map_device, self.unmap_device, self.discard, self.discard,
-                     self.move, self.move, self.map_collection_again, self.move_collection, self.unmap_collection)
-                )()  # fmt: skip
+                choices = [self.map_event, self.map_event, self.discard, self.discard, self.move, self.move,
+                           self.map_collection_again, self.unmap_collection]  # fmt: skip
+                if self.enabled:
+                    choices += [self.map_device, self.unmap_device, self.move_collection]
+                self.rng.choice(choices)()
             else:
                 self.nonsense()
         self.ring()
@@ -257,10 +264,17 @@ class ItsCommands(ItsQueue, Words):
         self.map_collection(icid, self.collections.get(icid, self.rng.randrange(CPUS)))
 
     def move_collection(self) -> None:
-        """All collections of a CPU go to another one, and with MOVALL what is pending as well."""
+        """All collections of a CPU go to another one, and with MOVALL what is pending as well.
+
+        A MOVALL that comes first moves what is pending too, and is seen to.
+        """
         source = self.rng.randrange(CPUS)
         self.left.add(source)
         target = (source + 1) % CPUS
+        if self.rng.random() < 0.5:
+            self.command("MOVALL", RDbase=source, RDbase2=target)
+            self.ring()
+            self.program.lpis()
         for icid in [icid for icid, cpu in self.collections.items() if cpu == source]:
             self.map_collection(icid, target)
         self.command("MOVALL", RDbase=source, RDbase2=target)
@@ -274,7 +288,7 @@ class ItsCommands(ItsQueue, Words):
             self.command("MAPC", ICID=icid, RDbase=cpu, V=0)
 
     def nonsense(self) -> None:
-        """A command that breaks a rule; it has no effect."""
+        """A command that breaks a rule; it has no effect, and an event that it would have mapped raises nothing."""
         rng = self.rng
         device, event = self.event()
         bits = self.devices.get(device, 1)
@@ -295,13 +309,13 @@ class ItsCommands(ItsQueue, Words):
             case 4 if unmapped:
                 self.command("MOVI", DeviceID=device, EventID=rng.choice(unmapped), ICID=0)
             case 5:
-                self.command("MAPTI", DeviceID=no_device, EventID=0, pINTID=FIRST_LPI + 300, ICID=0)
+                self.map_nonsense(no_device, 0, FIRST_LPI + 300)
             case 6:
                 out = 1 << bits if rng.random() < 0.5 else 0xFFFF_FFFF
-                self.command("MAPTI", DeviceID=device, EventID=out, pINTID=FIRST_LPI + 300, ICID=0)
+                self.map_nonsense(device, out, FIRST_LPI + 300)
             case 7 if unmapped and bits > 2:
                 lpi = rng.choice((0, 31, 1023, FIRST_LPI - 1, 1 << ID_BITS, 0xFFFF_FFFF))
-                self.command("MAPTI", DeviceID=device, EventID=rng.choice(unmapped), pINTID=lpi, ICID=0)
+                self.map_nonsense(device, rng.choice(unmapped), lpi)
             case 8:
                 self.command("MAPC", ICID=rng.choice((0, 1, 5)), RDbase=no_cpu, V=1)
             case 9:
@@ -312,6 +326,10 @@ class ItsCommands(ItsQueue, Words):
                 self.command("MAPD", DeviceID=rng.choice(DEVICES), Size=size, ITT_addr=ITTS >> 8, V=1)
             case 11:
                 self.command("MAPD", DeviceID=rng.choice(NO_DEVICES[2:]), Size=4, ITT_addr=ITTS >> 8, V=1)
+
+    def map_nonsense(self, device: int, event: int, lpi: int) -> None:
+        self.command("MAPTI", DeviceID=device, EventID=event, pINTID=lpi, ICID=0)
+        self.command("INT", DeviceID=device, EventID=event)
 
     # Everything else.
 
@@ -340,13 +358,15 @@ class ItsCommands(ItsQueue, Words):
     def toggle(self) -> None:
         """Disable or enable the ITS; commands wait meanwhile, and MSIs are lost."""
         self.enabled = not self.enabled
+        self.waiting = 0
         self.program.write(GITS + CTLR, int(self.enabled))
         self.program.read(GITS + CTLR)
 
     def restart(self) -> None:
         """A new command queue for an ITS that is disabled."""
-        if self.enabled:
+        if not self.enabled:
             self.toggle()
+        self.toggle()
         self.queue_size = self.rng.choice((1, 2, 3)) << 12
         self.place_queue()
         self.program.read(GITS + CBASER, 8)
@@ -358,7 +378,7 @@ class ItsCommands(ItsQueue, Words):
         Of a vCPU that has not run since, KVM takes LPIs along that were moved away when they were queued for it.
         """
         cpu = self.rng.randrange(CPUS)
-        if self.forwarding and cpu in self.left:
+        if self.waiting or (self.forwarding and cpu in self.left):
             return
         program = self.program
         program.write(frame(cpu) + GICR_CTLR, 0)

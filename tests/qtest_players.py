@@ -15,7 +15,7 @@ from qtest_steps import (
     GICC_IAR,
     GICD,
     GITS,
-    LAST_LPI,
+    LPIS_END,
     NR_IRQS,
     PENDING,
     PENDING_SIZE,
@@ -31,7 +31,7 @@ import fabric
 from fabric.uapi import arm64 as arm
 from fabric.uapi import kvm as uapi
 
-LPI_BYTES = FIRST_LPI // 8, (LAST_LPI + 1) // 8
+LPI_BYTES = FIRST_LPI // 8, LPIS_END // 8
 """The part of a pending table that has LPIs."""
 TO_VMM = 0x0A00_0000
 """An address without anything: a store there leaves the guest."""

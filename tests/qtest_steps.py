@@ -47,7 +47,8 @@ ITT_SIZE = 0x4_0000
 CONFIG = RAM + 0x80_0000
 PENDING = RAM + 0x90_0000
 PENDING_SIZE = 0x1_0000
-FIRST_LPI, LAST_LPI = 8192, 0xFFFF
+FIRST_LPI, LPIS_END = 8192, 0x1_0040
+"""The LPIs that are looked at: all there are, and where some more would be."""
 
 
 def frame(cpu: int) -> int:
