@@ -90,6 +90,15 @@ SAVE_GICV2 = (
     _GUESTS,
 )
 
+SAVE_NO_GIC = (
+    Step((), "stop all vCPUs", ("KVM_GET_MP_STATE",), machine.check_stopped),
+    _COMPLETE,
+    _VCPUS,
+    Step((), "copy guest memory", (), machine.save_memory),
+    _WIRING,
+    _GUESTS,
+)
+
 # -- restoring ------------------------------------------------------------------------------------------------
 
 _CREATE = Step(
@@ -195,7 +204,6 @@ RESTORE_GICV2 = (
         machine.create_vcpus,
         creates=True,
     ),
-    _AFFINITIES,
     Step(
         ("vgic-v2.seq.restore.2-create-device",),
         "create the GICv2",
@@ -219,7 +227,19 @@ RESTORE_GICV2 = (
     Step(("vgic-v2.seq.restore.9-run",), "load the guests: the vCPUs may run", (), machine.load_guests),
 )
 
+RESTORE_NO_GIC = (
+    _CREATE,
+    Step((), "restore guest memory", (), machine.restore_memory),
+    Step((), "create and initialise all vCPUs", _CREATE_VCPUS, machine.create_vcpus, creates=True),
+    _ATTRIBUTES,
+    _REGISTERS,
+    _TIMERS,
+    _POWER,
+    Step((), "load the guests: the vCPUs may run", (), machine.load_guests),
+)
+
 SEQUENCES: dict[int, tuple[tuple[Step, ...], tuple[Step, ...]]] = {
+    0: (SAVE_NO_GIC, RESTORE_NO_GIC),
     2: (SAVE_GICV2, RESTORE_GICV2),
     3: (SAVE_GICV3, RESTORE_GICV3),
 }
@@ -275,7 +295,7 @@ _GIC_NAMES = {0: "no in-kernel GIC", 2: "a GICv2", 3: "a GICv3"}
 
 def _set_up(vm: ArmVm) -> ArmState:
     found: dict[str, Any] = {}
-    for step in SEQUENCES[vm.gic_version][0]:
+    for step in SEQUENCES[vm.version][0]:
         if GET in step.ioctls:
             step.do(vm, found)
     machine.save_wiring(vm, found)

@@ -101,15 +101,15 @@ def initialize(vm: ArmVm, _state: ArmState) -> None:
 
 def restore_iidr(vm: ArmVm, state: ArmState) -> None:
     """GICD_IIDR: before it is written, the groups of interrupts cannot be."""
-    vm.controller.set_attr(DIST, vm.vcpu_ids[0] << 32 | GICD_IIDR, _gic(state).iidr)
+    vm.controller.set_attr(DIST, state.vcpus[0].vcpu_id << 32 | GICD_IIDR, _gic(state).iidr)
 
 
 def restore_distributor(vm: ArmVm, state: ArmState) -> None:
     """The distributor, what is banked on behalf of each vCPU."""
     saved = _gic(state)
-    _write(vm, vm.vcpu_ids[0], saved.registers)
-    for vcpu_id, registers in zip(vm.vcpu_ids, saved.banked, strict=True):
-        _write(vm, vcpu_id, registers)
+    _write(vm, state.vcpus[0].vcpu_id, saved.registers)
+    for vcpu, registers in zip(state.vcpus, saved.banked, strict=True):
+        _write(vm, vcpu.vcpu_id, registers)
 
 
 def _write(vm: ArmVm, vcpu_id: int, registers: Registers) -> None:
@@ -128,9 +128,9 @@ def _write(vm: ArmVm, vcpu_id: int, registers: Registers) -> None:
 
 def restore_interfaces(vm: ArmVm, state: ArmState) -> None:
     """The CPU interfaces."""
-    for vcpu_id, registers in zip(vm.vcpu_ids, _gic(state).interfaces, strict=True):
+    for vcpu, registers in zip(state.vcpus, _gic(state).interfaces, strict=True):
         for offset, value in registers:
-            vm.controller.set_attr(CPU, vcpu_id << 32 | offset, value)
+            vm.controller.set_attr(CPU, vcpu.vcpu_id << 32 | offset, value)
 
 
 def drive_lines(vm: ArmVm, state: ArmState) -> None:

@@ -58,6 +58,7 @@ class ArmVm:
     gic: Device | None = None
     its: list[Device] = attrs.field(factory=list)
     gic_version: int = 3
+    """Which GIC it is, as KVM does not tell."""
     machine_type: int = 0
     vcpu_ids: list[int] = attrs.field(factory=list)
     """As given to KVM_CREATE_VCPU."""
@@ -72,6 +73,11 @@ class ArmVm:
     """What was taken out of each vCPU, or is to be loaded into it."""
     place: Callable[[ArmVm, int], int] = _place
     """Where to put ``size`` bytes of guest memory: a user address."""
+
+    @property
+    def version(self) -> int:
+        """GIC version, 0 without an in-kernel GIC."""
+        return 0 if self.gic is None else self.gic_version
 
     @property
     def memory(self) -> UserMemory:

@@ -53,7 +53,7 @@ def save(source: ArmVm | Arm64Machine) -> Saved:
 
 def _save(source: ArmVm) -> Saved:
     found: dict[str, Any] = {}
-    for _ in play(arm64.SEQUENCES[source.gic_version][0], source, found):
+    for _ in play(arm64.SEQUENCES[source.version][0], source, found):
         pass
     guests = tuple(source.guests)
     ledger = _ledger(source)
