@@ -67,7 +67,7 @@ def gicv3() -> ArmVm:
     machine.vm.irq_line(2 << 24 | 1 << 16 | 22, 1)  # PPI 22 of vCPU 1
     machine.vm.signal_msi(DOORBELL, 0, 8)
     machine.vm.signal_msi(DOORBELL, 5, 8)
-    return known(machine, its=True)
+    return adorned(machine)
 
 
 def gicv2() -> ArmVm:
@@ -100,14 +100,14 @@ def gicv2() -> ArmVm:
         for offset, value in ((0x0, 0x201), (0x4, 0x14 + cpu), (0x8, 3), (0x1C, 5), (0xD0, 1 << 6 | cpu)):
             gic.set_attr(CPU_REGS, cpu << 32 | offset, value)
     machine.vm.irq_line(1 << 24 | 36, 1)
-    vm = known(machine)
+    vm = adorned(machine)
     vm.gic_version = 2
     vm.lines = [36]
     return vm
 
 
-def known(machine: Arm, *, its: bool = False) -> ArmVm:
-    """What the VMM of that machine knows, with routes, irqfds and vCPU state."""
+def adorned(machine: Arm) -> ArmVm:
+    """What the VMM of that machine knows, once vCPUs have state, and there are routes and irqfds."""
     for number, vcpu in enumerate(machine.vcpus):
         vcpu.set_reg(X0, 0x1234 + number)
         vcpu.set_reg(TPIDR, 0x99)
@@ -119,25 +119,28 @@ def known(machine: Arm, *, its: bool = False) -> ArmVm:
     machine.vcpus[1].mp_state = uapi.KVM_MP_STATE_STOPPED
     machine.vcpus[1].ioctl(requests.KVM_SET_VCPU_EVENTS, arm.KvmVcpuEvents(serror_pending=1))
     machine.user.write(machine.ram + 0xE0_0000, b"guest data")
-    routes = [pin_route(7, 9), msi_route(8, DOORBELL, 0, 8)]
-    machine.vm.set_routes(routes)
-    irqfds = []
+    vm = known(machine)
+    vm.routes = [pin_route(7, 9), msi_route(8, DOORBELL, 0, 8)]
+    machine.vm.set_routes(vm.routes)
     for gsi, resampled in ((7, True), (8, False)):
         event = machine.kvm.eventfd()
         resample = machine.kvm.eventfd() if resampled else None
         machine.vm.irqfd(event, gsi, resamplefd=resample)
-        irqfds.append(Irqfd(gsi, event, resample))
+        vm.irqfds.append(Irqfd(gsi, event, resample))
+    return vm
+
+
+def known(machine: Arm) -> ArmVm:
+    """What the VMM of that machine knows."""
     return ArmVm(
         machine.host,
         machine.vm,
         list(machine.vcpus),
-        machine.gic,
-        [machine.its] if its else [],
-        vcpu_ids=[0, 1],
-        inits=[arm.KvmVcpuInit(arm.KVM_ARM_TARGET_GENERIC_V8, (0,) * 7)] * 2,
+        getattr(machine, "gic", None),
+        [machine.its] if hasattr(machine, "its") else [],
+        vcpu_ids=list(range(len(machine.vcpus))),
+        inits=[arm.KvmVcpuInit(arm.KVM_ARM_TARGET_GENERIC_V8, (0,) * 7)] * len(machine.vcpus),
         slots=[uapi.KvmUserspaceMemoryRegion(0, 0, RAM, RAM_SIZE, machine.ram)],
-        routes=routes,
-        irqfds=irqfds,
     )
 
 
@@ -146,14 +149,7 @@ def no_gic() -> ArmVm:
     machine = Arm(2, gic=False, memory=True)
     machine.vcpus[1].mp_state = uapi.KVM_MP_STATE_STOPPED
     machine.vcpus[0].set_reg(X0, 7)
-    return ArmVm(
-        machine.host,
-        machine.vm,
-        list(machine.vcpus),
-        vcpu_ids=[0, 1],
-        inits=[arm.KvmVcpuInit(arm.KVM_ARM_TARGET_GENERIC_V8, (0,) * 7)] * 2,
-        slots=[uapi.KvmUserspaceMemoryRegion(0, 0, RAM, RAM_SIZE, machine.ram)],
-    )
+    return known(machine)
 
 
 MACHINES = {3: gicv3, 2: gicv2, 0: no_gic}
