@@ -181,7 +181,7 @@ def test_a_restore_into_another_machine_names_every_difference() -> None:
         restore(saved, other)
     assert [
         "the saved machine has 2 vCPUs, this one 3",
-        "nr_irqs of GIC 0 was saved as 96, and here it is 256",
+        "GIC 0, nr_irqs: saved with 96, here 256",
         "the saved machine has 1 ITSs, this one 0",
     ] == it.value.problems
     assert before == other.controller.get_attr(DIST, 0, 4)
@@ -210,10 +210,10 @@ def test_what_is_set_up_differently_is_named() -> None:
     with pytest.raises(ConfigError) as it:
         restore(saved, other)
     assert [
-        "machine type 0 was saved, and here it is 40",
-        f"gpa of memory slot 0 was saved as {RAM}, and here it is {RAM + 0x1000}",
-        "features of vCPU 0 was saved as (0, 0, 0, 0, 0, 0, 0), and here it is (4, 0, 0, 0, 0, 0, 0)",
-        "timer_irqs of vCPU 0 was saved as (27, 30), and here it is (25, 30)",
+        "machine type: saved with 0, here 40",
+        "memory slot 0, gpa: saved with 0x80000000, here 0x80001000",
+        "vCPU 0, features: saved with (0, 0, 0, 0, 0, 0, 0), here (4, 0, 0, 0, 0, 0, 0)",
+        "vCPU 0, timer_irqs: saved with (27, 30), here (25, 30)",
     ] == it.value.problems
 
 

@@ -271,7 +271,7 @@ def differences(vm: ArmVm, state: ArmState) -> list[str]:
         return [f"the saved machine has {_GIC_NAMES[wanted]}, this one {_GIC_NAMES[found]}"]
     problems = []
     if state.machine_type != there.machine_type:
-        problems.append(f"machine type {state.machine_type} was saved, and here it is {there.machine_type}")
+        problems.append(f"machine type: saved with {state.machine_type}, here {there.machine_type}")
     parts: tuple[tuple[str, Sequence[Any], Sequence[Any]], ...] = (
         ("memory slot", state.slots, there.slots),
         ("vCPU", state.vcpus, there.vcpus),
@@ -284,10 +284,17 @@ def differences(vm: ArmVm, state: ArmState) -> list[str]:
             continue
         for number, (one, other) in enumerate(zip(saved, here, strict=True)):
             for name in _SET_UP.get(type(one), ()):
-                if getattr(one, name) != getattr(other, name):
-                    mine, its = getattr(one, name), getattr(other, name)
-                    problems.append(f"{name} of {what} {number} was saved as {mine}, and here it is {its}")
+                mine, its = getattr(one, name), getattr(other, name)
+                if mine != its:
+                    problems.append(f"{what} {number}, {name}: saved with {_shown(mine)}, here {_shown(its)}")
     return problems
+
+
+def _shown(value: Any) -> str:
+    """Addresses and sizes in hexadecimal."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    return hex(value) if isinstance(value, int) and value >> 12 else str(value)
 
 
 _GIC_NAMES = {0: "no in-kernel GIC", 2: "a GICv2", 3: "a GICv3"}
