@@ -10,7 +10,7 @@ from __future__ import annotations
 
 
 class KvmError(OSError):
-    """What an ioctl of the simulated kernel answers: an errno and the rule that was broken.
+    """What an ioctl of the simulated kernel answers: an errno and the rule that was broken (api.all.return-style).
 
     Raised as ``KvmError(errno.EINVAL, f"distributor base {addr:#x} is not 64 KiB aligned")``. It is an
     ``OSError``, so a VMM written against ``fcntl.ioctl`` handles it unchanged.

@@ -50,6 +50,9 @@ class DirtyLog:
         self._all = all_dirty
         self._pages: set[int] = set()  # the dirty ones; with _all the clean ones
 
+    def __contains__(self, page: int) -> bool:
+        return (page in self._pages) != self._all
+
     def mark(self, first: int, last: int) -> None:
         """Pages ``first`` to ``last`` were written."""
         if self._all:
@@ -134,6 +137,7 @@ class GuestMemory:
         "gpa_bits",
         "gpa_errno",
         "log_options",
+        "on_dirty",
         "readonly",
         "slots",
         "user",
@@ -160,6 +164,8 @@ class GuestMemory:
         self.user_bits = user_bits
         self.log_options = 0
         """KVM_DIRTY_LOG_* bits, as KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 was enabled with."""
+        self.on_dirty: Callable[[int, int], None] | None = None
+        """Told of slot and page when a clean page of a slot with a log is written."""
         self._slots: dict[int, MemSlot] = {}  # KVM's 32-bit slot value to the slot
         self._spaces: list[list[MemSlot]] = [[] for _ in range(address_spaces)]  # each sorted by base
         self._starts: list[int] = []  # the bases of address space 0
@@ -251,6 +257,12 @@ class GuestMemory:
             if byte >> bit & 1 and 8 * at + bit < num_pages
         )
 
+    def watch(self, slot: int, page: int) -> None:
+        """A page counts as clean again; one that is not there, or not logged, is no matter."""
+        found = self._slots.get(slot)
+        if found is not None and found.dirty is not None:
+            found.dirty.clear([page])
+
     # -- accesses by the guest and by devices
 
     def read(self, gpa: int, n: int) -> bytes:
@@ -276,6 +288,10 @@ class GuestMemory:
             if slot.dirty is not None:
                 first = (at - slot.base) >> PAGE_SHIFT
                 last = (at + size - 1 - slot.base) >> PAGE_SHIFT
+                if self.on_dirty is not None:
+                    for page in range(first, last + 1):
+                        if page not in slot.dirty:
+                            self.on_dirty(slot.slot, page)
                 slot.dirty.mark(first, last)
 
     def read_u8(self, gpa: int) -> int:

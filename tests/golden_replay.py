@@ -466,6 +466,11 @@ def load(path: Path) -> dict[str, Any]:
 
 def replay_sequence(sequence: dict[str, Any], tally: Tally, host_gic: int, simulated_eventfds: bool) -> None:
     """Replay one sequence into ``tally``; one with guests inside a simulation of its own."""
+    replay(sequence, tally, lambda: Replayer(host_gic, simulated_eventfds=simulated_eventfds))
+
+
+def replay(sequence: dict[str, Any], tally: Tally, make: Callable[[], Replayer]) -> None:
+    """Replay one sequence into ``tally`` by a replayer of its own."""
     ops = sequence["ops"]
     before = tally.equal
     compared = sum(1 for op in ops if not op.get("optional"))
@@ -478,7 +483,7 @@ def replay_sequence(sequence: dict[str, Any], tally: Tally, host_gic: int, simul
             tally.differences.append(Difference(sequence["name"], index, op, ours))
 
     async def steps() -> None:
-        replayer = Replayer(host_gic, simulated_eventfds=simulated_eventfds)
+        replayer = make()
         try:
             for index, op in enumerate(ops):
                 if op.get("optional"):

@@ -41,6 +41,9 @@ def outcome(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class Arm:
     """The VM. ``init=False`` leaves the GIC as created, ``gic=False`` makes none."""
 
+    features: tuple[int, ...] = ()
+    """KVM_ARM_VCPU_* of its vCPUs."""
+
     def __init__(
         self, vcpus: int = 1, *, gic: bool = True, init: bool = True, memory: bool = False, **options: Any
     ) -> None:
@@ -50,7 +53,7 @@ class Arm:
         self.vm: VmFd = self.host.create_vm()
         self.vcpus: list[VcpuFd] = [self.vm.create_vcpu(number) for number in range(vcpus)]
         for vcpu in self.vcpus:
-            vcpu.init()
+            vcpu.init(self.features)
         self.gic: Device
         self.its: Device
         if memory:
@@ -121,13 +124,15 @@ class Arm:
         self._its(GITS_BASER, VALID | DEVICE_TABLE)
         self._its(GITS_BASER + 8, VALID | COLLECTION_TABLE)
         self._its(GITS_CTLR, 1)
-        commands = (
-            encode("MAPC", ICID=0, RDbase=0, V=1),
-            encode("MAPD", DeviceID=8, Size=4, ITT_addr=ITT >> 8, V=1),
-            encode("MAPTI", DeviceID=8, EventID=0, pINTID=8192, ICID=0),
-        )
-        self.user.write(self.ram + QUEUE - RAM, b"".join(commands))
-        self._its(GITS_CWRITER, 32 * len(commands))
+        self.command("MAPC", ICID=0, RDbase=0, V=1)
+        self.command("MAPD", DeviceID=8, Size=4, ITT_addr=ITT >> 8, V=1)
+        self.command("MAPTI", DeviceID=8, EventID=0, pINTID=8192, ICID=0)
+
+    def command(self, name: str, **fields: int) -> None:
+        """Have the ITS carry out a command."""
+        at = self.its.get_attr(arm.KVM_DEV_ARM_VGIC_GRP_ITS_REGS, GITS_CWRITER)
+        self.user.write(self.ram + QUEUE - RAM + at, encode(name, **fields))
+        self._its(GITS_CWRITER, (at + 32) % 4096)
 
     def lpi_pending(self) -> bool:
         """Whether LPI 8192 is pending."""

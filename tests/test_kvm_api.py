@@ -17,8 +17,6 @@ from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 
-spec = pytest.mark.spec
-
 INVENTORY: dict[str, Any] = {
     file.name: tomllib.loads(file.read_text(encoding="utf-8"))
     for file in files("fabric.conformance").joinpath("inventory").iterdir()
@@ -30,7 +28,7 @@ for _module in ("ioctl", "kvm", "arm64", "x86", "ppc", "s390", "mips"):
     HEADERS |= vars(importlib.import_module(f"fabric.uapi.{_module}"))
 
 
-@spec("api")
+@pytest.mark.spec("api")
 @pytest.mark.parametrize("table", NUMBERS)
 def test_numbers_are_those_of_the_inventory(table: str) -> None:
     """Requests, capabilities, exits and register ids, each under its C name."""
@@ -48,7 +46,7 @@ def test_constants_are_those_of_the_inventory(file: str) -> None:
     assert values == {name: HEADERS.get(name) for name in values}
 
 
-@spec("api.all.return-style")
+@pytest.mark.spec("api.all.return-style")
 def test_an_error_is_an_exception_with_the_errno() -> None:
     """Where C sees -1 and errno, Python sees an OSError whose errno is positive; all else is a result from 0 up."""
     machine = Arm(gic=False)
@@ -60,7 +58,9 @@ def test_an_error_is_an_exception_with_the_errno() -> None:
     assert 12 == machine.host.api_version()
 
 
-@spec("api.enable-cap.note.same-number", "api.get-one-reg.note.same-number", "api.get-device-attr.note.direction")
+@pytest.mark.spec(
+    "api.enable-cap.note.same-number", "api.get-one-reg.note.same-number", "api.get-device-attr.note.direction"
+)
 def test_requests_that_share_a_number() -> None:
     """Direction and size tell KVM_ENABLE_CAP from KVM_GET_TSC_KHZ; KVM_GET_ONE_REG from KVM_ARM_SET_DEVICE_ADDR
     nothing but the fd. KVM_GET_DEVICE_ATTR is "the caller writes": the struct, which points to the value."""
@@ -87,32 +87,32 @@ def cap(mark: pytest.MarkDecorator, number: int, value: int) -> Any:
 @pytest.mark.parametrize(
     ("number", "value"),
     [
-        cap(spec("api.cap.irqchip"), uapi.KVM_CAP_IRQCHIP, 1),
-        cap(spec("api.cap.user-memory"), uapi.KVM_CAP_USER_MEMORY, 1),
-        cap(spec("api.cap.nr-vcpus"), uapi.KVM_CAP_NR_VCPUS, 2),
-        cap(spec("api.cap.nr-memslots"), uapi.KVM_CAP_NR_MEMSLOTS, 32767),
-        cap(spec("api.cap.irq-routing"), uapi.KVM_CAP_IRQ_ROUTING, 4096),
-        cap(spec("api.cap.irqfd"), uapi.KVM_CAP_IRQFD, 1),
-        cap(spec("api.cap.ioeventfd"), uapi.KVM_CAP_IOEVENTFD, 1),
-        cap(spec("api.cap.max-vcpus"), uapi.KVM_CAP_MAX_VCPUS, 512),
-        cap(spec("api.cap.one-reg"), uapi.KVM_CAP_ONE_REG, 1),
-        cap(spec("api.cap.signal-msi"), uapi.KVM_CAP_SIGNAL_MSI, 1),
-        cap(spec("api.cap.readonly-mem"), uapi.KVM_CAP_READONLY_MEM, 1),
-        cap(spec("api.cap.irqfd-resample"), uapi.KVM_CAP_IRQFD_RESAMPLE, 1),
-        cap(spec("api.cap.arm-set-device-addr"), uapi.KVM_CAP_ARM_SET_DEVICE_ADDR, 1),
-        cap(spec("api.cap.device-ctrl"), uapi.KVM_CAP_DEVICE_CTRL, 1),
-        cap(spec("api.cap.enable-cap-vm"), uapi.KVM_CAP_ENABLE_CAP_VM, 1),
-        cap(spec("api.cap.check-extension-vm"), uapi.KVM_CAP_CHECK_EXTENSION_VM, 1),
-        cap(spec("api.cap.ioeventfd-any-length"), uapi.KVM_CAP_IOEVENTFD_ANY_LENGTH, 1),
-        cap(spec("api.cap.arm-pmu-v3"), uapi.KVM_CAP_ARM_PMU_V3, 1),
-        cap(spec("api.cap.vcpu-attributes"), uapi.KVM_CAP_VCPU_ATTRIBUTES, 1),
-        cap(spec("api.cap.max-vcpu-id"), uapi.KVM_CAP_MAX_VCPU_ID, 512),
-        cap(spec("api.cap.immediate-exit"), uapi.KVM_CAP_IMMEDIATE_EXIT, 1),
-        cap(spec("api.cap.arm-user-irq"), uapi.KVM_CAP_ARM_USER_IRQ, 1),
-        cap(spec("api.cap.arm-vm-ipa-size"), uapi.KVM_CAP_ARM_VM_IPA_SIZE, 48),
-        cap(spec("api.cap.manual-dirty-log"), uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 3),
-        cap(spec("api.cap.arm-irq-line-layout-2"), uapi.KVM_CAP_ARM_IRQ_LINE_LAYOUT_2, 1),
-        cap(spec("api.cap.steal-time"), uapi.KVM_CAP_STEAL_TIME, 1),
+        cap(pytest.mark.spec("api.cap.irqchip"), uapi.KVM_CAP_IRQCHIP, 1),
+        cap(pytest.mark.spec("api.cap.user-memory"), uapi.KVM_CAP_USER_MEMORY, 1),
+        cap(pytest.mark.spec("api.cap.nr-vcpus"), uapi.KVM_CAP_NR_VCPUS, 2),
+        cap(pytest.mark.spec("api.cap.nr-memslots"), uapi.KVM_CAP_NR_MEMSLOTS, 32767),
+        cap(pytest.mark.spec("api.cap.irq-routing"), uapi.KVM_CAP_IRQ_ROUTING, 4096),
+        cap(pytest.mark.spec("api.cap.irqfd"), uapi.KVM_CAP_IRQFD, 1),
+        cap(pytest.mark.spec("api.cap.ioeventfd"), uapi.KVM_CAP_IOEVENTFD, 1),
+        cap(pytest.mark.spec("api.cap.max-vcpus"), uapi.KVM_CAP_MAX_VCPUS, 512),
+        cap(pytest.mark.spec("api.cap.one-reg"), uapi.KVM_CAP_ONE_REG, 1),
+        cap(pytest.mark.spec("api.cap.signal-msi"), uapi.KVM_CAP_SIGNAL_MSI, 1),
+        cap(pytest.mark.spec("api.cap.readonly-mem"), uapi.KVM_CAP_READONLY_MEM, 1),
+        cap(pytest.mark.spec("api.cap.irqfd-resample"), uapi.KVM_CAP_IRQFD_RESAMPLE, 1),
+        cap(pytest.mark.spec("api.cap.arm-set-device-addr"), uapi.KVM_CAP_ARM_SET_DEVICE_ADDR, 1),
+        cap(pytest.mark.spec("api.cap.device-ctrl"), uapi.KVM_CAP_DEVICE_CTRL, 1),
+        cap(pytest.mark.spec("api.cap.enable-cap-vm"), uapi.KVM_CAP_ENABLE_CAP_VM, 1),
+        cap(pytest.mark.spec("api.cap.check-extension-vm"), uapi.KVM_CAP_CHECK_EXTENSION_VM, 1),
+        cap(pytest.mark.spec("api.cap.ioeventfd-any-length"), uapi.KVM_CAP_IOEVENTFD_ANY_LENGTH, 1),
+        cap(pytest.mark.spec("api.cap.arm-pmu-v3"), uapi.KVM_CAP_ARM_PMU_V3, 1),
+        cap(pytest.mark.spec("api.cap.vcpu-attributes"), uapi.KVM_CAP_VCPU_ATTRIBUTES, 1),
+        cap(pytest.mark.spec("api.cap.max-vcpu-id"), uapi.KVM_CAP_MAX_VCPU_ID, 512),
+        cap(pytest.mark.spec("api.cap.immediate-exit"), uapi.KVM_CAP_IMMEDIATE_EXIT, 1),
+        cap(pytest.mark.spec("api.cap.arm-user-irq"), uapi.KVM_CAP_ARM_USER_IRQ, 1),
+        cap(pytest.mark.spec("api.cap.arm-vm-ipa-size"), uapi.KVM_CAP_ARM_VM_IPA_SIZE, 48),
+        cap(pytest.mark.spec("api.cap.manual-dirty-log"), uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 3),
+        cap(pytest.mark.spec("api.cap.arm-irq-line-layout-2"), uapi.KVM_CAP_ARM_IRQ_LINE_LAYOUT_2, 1),
+        cap(pytest.mark.spec("api.cap.steal-time"), uapi.KVM_CAP_STEAL_TIME, 1),
     ],
 )
 def test_a_capability_of_arm64(number: int, value: int) -> None:
@@ -125,9 +125,9 @@ def test_a_capability_of_arm64(number: int, value: int) -> None:
 @pytest.mark.parametrize(
     ("number", "value"),
     [
-        cap(spec("api.cap.irq-inject-status"), uapi.KVM_CAP_IRQ_INJECT_STATUS, 0),
-        cap(spec("api.cap.enable-cap"), uapi.KVM_CAP_ENABLE_CAP, 0),
-        cap(spec("api.cap.ioeventfd-no-length"), uapi.KVM_CAP_IOEVENTFD_NO_LENGTH, 0),
+        cap(pytest.mark.spec("api.cap.irq-inject-status"), uapi.KVM_CAP_IRQ_INJECT_STATUS, 0),
+        cap(pytest.mark.spec("api.cap.enable-cap"), uapi.KVM_CAP_ENABLE_CAP, 0),
+        cap(pytest.mark.spec("api.cap.ioeventfd-no-length"), uapi.KVM_CAP_IOEVENTFD_NO_LENGTH, 0),
     ],
 )
 def test_a_capability_that_is_zero_on_arm64(number: int, value: int) -> None:
@@ -143,7 +143,9 @@ def test_a_capability_that_is_zero_on_arm64(number: int, value: int) -> None:
     assert "EINVAL" == outcome(machine.vcpus[0].ioctl, requests.KVM_ENABLE_CAP, enable)
 
 
-@spec("api.cap.nr-vcpus", "api.cap.arm-pmu-v3", "api.cap.steal-time", "api.cap.arm-vm-ipa-size", "api.cap.max-vcpus")
+@pytest.mark.spec(
+    "api.cap.nr-vcpus", "api.cap.arm-pmu-v3", "api.cap.steal-time", "api.cap.arm-vm-ipa-size", "api.cap.max-vcpus"
+)
 def test_capabilities_that_follow_the_host() -> None:
     """The recommended number of vCPUs is the host's CPUs, up to the hard limit, which is that of its GIC."""
     host = Host(Kvm("aarch64", host_gic=2, host_cpus=64, ipa_bits=40, pmu_ids=(), steal_time=False))
@@ -159,7 +161,7 @@ def test_capabilities_that_follow_the_host() -> None:
     assert expected == {number: host.check_extension(number) for number in expected}
 
 
-@spec("api.cap.msi-devid", "api.check-extension.rule.per-vm", "api.check-extension")
+@pytest.mark.spec("api.cap.msi-devid", "api.check-extension.rule.per-vm", "api.check-extension")
 def test_a_capability_may_differ_between_vms() -> None:
     """Device ids are required in the VM that has an ITS, and not in its neighbour."""
     machine = Arm(memory=True)
@@ -169,7 +171,7 @@ def test_a_capability_may_differ_between_vms() -> None:
     assert (1, 0) == tuple(vm.check_extension(uapi.KVM_CAP_MSI_DEVID) for vm in (machine.vm, other))
 
 
-@spec("api.irq-line.note.polarity")
+@pytest.mark.spec("api.irq-line.note.polarity")
 def test_polarity_is_no_matter_of_arm64() -> None:
     """KVM_CAP_X86_IOAPIC_POLARITY_IGNORED is of x86; on arm64 level 1 asserts, and no trigger type turns it round."""
     machine = Arm()
@@ -183,7 +185,9 @@ def test_polarity_is_no_matter_of_arm64() -> None:
 # -- KVM_ENABLE_CAP
 
 
-@spec("api.enable-cap", "api.enable-cap.rule.flags", "api.enable-cap.rule.level", "api.enable-cap.EFAULT.struct")
+@pytest.mark.spec(
+    "api.enable-cap", "api.enable-cap.rule.flags", "api.enable-cap.rule.level", "api.enable-cap.EFAULT.struct"
+)
 def test_enabling_a_capability() -> None:
     """On the VM fd, as all that arm64 has are of VMs; without flags; the struct has 104 bytes."""
     machine = Arm(gic=False)

@@ -125,3 +125,14 @@ def test_an_arm64_vm_has_no_attributes(request_: int) -> None:
 
     assert "EINVAL" == call(machine.vm, request_, 0, 0, machine.host.values.addr)
     assert 0 == machine.host.check_extension(uapi.KVM_CAP_VM_ATTRIBUTES)
+
+
+@pytest.mark.spec("vfio.any", "vfio.any.ENXIO.unknown", "vfio.any.EPERM.get", "vfio.create")
+def test_the_device_that_cannot_be_read() -> None:
+    """VFIO: EPERM for whatever is to be read, known or not; ENXIO for what it does not know otherwise."""
+    machine = Arm(gic=False)
+    vfio = machine.vm.create_device(uapi.KVM_DEV_TYPE_VFIO)
+
+    for group, attr in ((1, 0), (1, 99), (0, 1), (99, 1)):
+        assert ["ENXIO", "EPERM", "ENXIO"] == [call(vfio, request, group, attr) for request in (SET, GET, HAS)]
+    assert ["EPERM", 0] == [call(vfio, request, 1, 1) for request in (GET, HAS)]

@@ -30,6 +30,8 @@ Program = Callable[[Any], Awaitable[object]]
 class Runner(Arm):
     """A VM with a vCPU, and what its runs end with."""
 
+    features = (arm.KVM_ARM_VCPU_PSCI_0_2,)
+
     def __init__(self, program: Program, *, gic: bool = False, **options: Any) -> None:
         super().__init__(1, gic=gic, **options)
         self.vcpus[0].load(program)

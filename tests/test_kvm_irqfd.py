@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import trio
 from kvm_machine import DOORBELL, Arm, outcome
 
 import fabric
+from fabric.kvm import irqfd
 from fabric.kvm.typed import msi_route, pin_route
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
@@ -255,6 +257,98 @@ def test_all_resample_eventfds_of_a_gsi_are_signalled(eventfd: EventFds) -> None
     machine.vm.irqfd(pairs[1][0], 7, deassign=True)
     assert 0 == machine.lines()
     assert [] == machine.inside.irqchip.eoi_notifiers[39]
+
+
+def test_devices_that_share_a_level_interrupt() -> None:
+    """End to end: a device keeps the line up until the guest has served it, and lowers or raises it after each EOI.
+
+    Two devices share an SPI. At the guest's EOI the line is lowered and both are told; one that has work left signals
+    again, so the guest is interrupted until there is none, and then no more.
+    """
+
+    async def main() -> tuple[list[Any], Any]:
+        machine = Arm()
+        machine.level_triggered()
+        machine.forward()
+        log: list[Any] = []
+        work = {"disk": 2, "net": 1}
+        quiet = trio.Event()
+
+        async def device(name: str, event: Any, resample: Any) -> None:
+            event.signal()
+            while True:
+                await resample.wait()
+                log.append((fabric.now(), name, work[name]))
+                if work[name]:
+                    event.signal()
+
+        async def guest(cpu: Any) -> None:
+            while any(work.values()):
+                await cpu.wait_for_interrupt()
+                intid = await cpu.mrs("ICC_IAR1_EL1")
+                await cpu.compute(100)
+                served = next(name for name, left in work.items() if left)
+                work[served] -= 1
+                log.append((intid, served))
+                await cpu.msr("ICC_EOIR1_EL1", intid)
+            await cpu.compute(10_000)
+            log.append(await cpu.mrs("ICC_IAR1_EL1"))
+            quiet.set()
+
+        machine.vcpus[0].load(guest)
+        async with trio.open_nursery() as nursery:
+            for name in work:
+                event, resample = machine.kvm.eventfd(), machine.kvm.eventfd()
+                machine.vm.irqfd(event, 7, resamplefd=resample)
+                nursery.start_soon(device, name, event, resample)
+            nursery.start_soon(machine.vcpus[0].run)
+            await quiet.wait()
+            assert 0 == machine.inside.irqchip.spis[7].line
+            nursery.cancel_scope.cancel()
+        machine.kvm.check()
+        return [entry[-2:] if isinstance(entry, tuple) else entry for entry in log], machine.ledger
+
+    log, ledger = fabric.run(main)
+    served = [(39, "disk"), ("disk", 1), ("net", 1), (39, "disk"), ("disk", 0), ("net", 1), (39, "net")]
+    assert [*served, ("disk", 0), ("net", 0), 1023] == log
+    assert (3, 0, {}) == (ledger.delivered, ledger.pending, ledger.dropped)
+
+
+def test_a_refused_resampler_lowers_the_line(eventfd: EventFds) -> None:
+    """An eventfd that is in use is EBUSY; a resampler made for nothing goes, and as the last of its GSI lowers it."""
+    machine = Arm()
+    machine.level_triggered()
+    event, resample, other = eventfd(machine), eventfd(machine), eventfd(machine)
+    machine.vm.irqfd(event, 7)
+    event.signal()
+    assert 1 << 7 == machine.lines()
+    assert "EBUSY" == outcome(machine.vm.irqfd, event, 8, resamplefd=resample)
+    assert 1 << 7 == machine.lines()
+    assert "EBUSY" == outcome(machine.vm.irqfd, event, 7, resamplefd=resample)
+    assert 0 == machine.lines()
+
+    machine.vm.irqfd(other, 7, resamplefd=resample)
+    other.signal()
+    assert "EBUSY" == outcome(machine.vm.irqfd, event, 7, resamplefd=resample)
+    assert 1 << 7 == machine.lines(), "another irqfd still resamples it"
+
+
+@pytest.mark.spec("api.irqfd.ENOMEM.alloc")
+def test_no_memory_for_an_irqfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOMEM, and the eventfd is free for another attempt."""
+
+    def fail(*_args: Any) -> Any:
+        raise MemoryError
+
+    machine = Arm()
+    event = machine.kvm.eventfd()
+    with monkeypatch.context() as patch:
+        patch.setattr(irqfd, "Irqfd", fail)
+        assert "ENOMEM" == outcome(machine.vm.irqfd, event, 7)
+    assert 0 == len(machine.inside.irqfds)
+    event.signal()
+    assert (0, 1) == (machine.pending(), event.read())
+    machine.vm.irqfd(event, 7)
 
 
 @pytest.mark.spec("api.irqfd.rule.resample-close")

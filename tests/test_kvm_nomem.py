@@ -11,8 +11,6 @@ from kvm_machine import Arm, outcome
 from fabric.kvm.typed import pin_route
 from fabric.uapi import kvm as uapi
 
-spec = pytest.mark.spec
-
 
 def new_vm(machine: Arm) -> Any:
     return machine.host.create_vm()
@@ -46,6 +44,10 @@ def new_device(machine: Arm) -> Any:
     return machine.vm.create_device(uapi.KVM_DEV_TYPE_ARM_VGIC_V3)
 
 
+def new_vfio(machine: Arm) -> Any:
+    return machine.vm.create_device(uapi.KVM_DEV_TYPE_VFIO)
+
+
 def state(machine: Arm) -> Any:
     """All that the calls above could have changed."""
     vm = machine.inside
@@ -65,18 +67,29 @@ def state(machine: Arm) -> Any:
 @pytest.mark.parametrize(
     ("call", "allocated"),
     [
-        pytest.param(new_vm, "fabric.kvm.system.Vm", marks=spec("api.create-vm.ENOMEM.alloc")),
-        pytest.param(new_vcpu, "fabric.kvm.arm64.Arm64Vcpu", marks=spec("api.create-vcpu.ENOMEM.alloc")),
-        pytest.param(new_vcpu, "fabric.kvm.arm64.ArmVcpuPart", marks=spec("api.create-vcpu.ENOMEM.alloc")),
-        pytest.param(new_vcpu, "fabric.kvm.vm_fd.VcpuFile", marks=spec("api.create-vcpu.ENOMEM.alloc")),
-        pytest.param(new_slot, "fabric.memory.MemSlot", marks=spec("api.set-user-memory-region.ENOMEM.alloc")),
-        pytest.param(new_log, "fabric.memory.DirtyLog", marks=spec("api.set-user-memory-region.ENOMEM.alloc")),
-        pytest.param(new_table, "fabric.kvm.vm_fd.RoutingTable.build", marks=spec("api.set-gsi-routing.ENOMEM.alloc")),
-        pytest.param(new_irqfd, "fabric.kvm.irqfd.Irqfd", marks=spec("api.irqfd.ENOMEM.alloc")),
-        pytest.param(new_ioeventfd, "fabric.kvm.ioeventfd.Ioeventfd", marks=spec("api.ioeventfd.ENOMEM.alloc")),
+        pytest.param(new_vm, "fabric.kvm.system.Vm", marks=pytest.mark.spec("api.create-vm.ENOMEM.alloc")),
+        pytest.param(new_vcpu, "fabric.kvm.arm64.Arm64Vcpu", marks=pytest.mark.spec("api.create-vcpu.ENOMEM.alloc")),
+        pytest.param(new_vcpu, "fabric.kvm.arm64.ArmVcpuPart", marks=pytest.mark.spec("api.create-vcpu.ENOMEM.alloc")),
+        pytest.param(new_vcpu, "fabric.kvm.vm_fd.VcpuFile", marks=pytest.mark.spec("api.create-vcpu.ENOMEM.alloc")),
         pytest.param(
-            new_device, "fabric.devices.arm.vgic_v3.VgicV3.__init__", marks=spec("api.create-device.ENOMEM.alloc")
+            new_slot, "fabric.memory.MemSlot", marks=pytest.mark.spec("api.set-user-memory-region.ENOMEM.alloc")
         ),
+        pytest.param(
+            new_log, "fabric.memory.DirtyLog", marks=pytest.mark.spec("api.set-user-memory-region.ENOMEM.alloc")
+        ),
+        pytest.param(
+            new_table, "fabric.kvm.vm_fd.RoutingTable.build", marks=pytest.mark.spec("api.set-gsi-routing.ENOMEM.alloc")
+        ),
+        pytest.param(new_irqfd, "fabric.kvm.irqfd.Irqfd", marks=pytest.mark.spec("api.irqfd.ENOMEM.alloc")),
+        pytest.param(
+            new_ioeventfd, "fabric.kvm.ioeventfd.Ioeventfd", marks=pytest.mark.spec("api.ioeventfd.ENOMEM.alloc")
+        ),
+        pytest.param(
+            new_device,
+            "fabric.devices.arm.vgic_v3.VgicV3.__init__",
+            marks=pytest.mark.spec("api.create-device.ENOMEM.alloc"),
+        ),
+        pytest.param(new_vfio, "fabric.devices.vfio.Vfio.__init__", marks=pytest.mark.spec("vfio.create.ENOMEM.alloc")),
     ],
 )
 def test_an_allocation_that_fails(call: Callable[[Arm], Any], allocated: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,21 @@ def test_the_same_entry_is_decoded_once() -> None:
     assert first[0] is machine.inside.routing.routes(3)[0]
 
 
+@pytest.mark.spec("api.set-gsi-routing.ENOMEM.alloc")
+def test_no_memory_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOMEM, and the old table stays."""
+
+    def fail(*_args: Any) -> Any:
+        raise MemoryError
+
+    machine = Arm()
+    with monkeypatch.context() as patch:
+        patch.setattr(RoutingTable, "add", fail)
+        assert "ENOMEM" == outcome(machine.vm.set_routes, [pin_route(1, 5)])
+
+    assert (PinRoute(0, 1),) == machine.inside.routing.routes(1)
+
+
 @given(pins=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 5)), max_size=12))
 def test_only_inputs_of_different_irqchips_share_a_gsi(pins: list[tuple[int, int, int]]) -> None:
     """Whatever is added, a GSI has at most one route to an irqchip, and a refused one leaves no trace."""

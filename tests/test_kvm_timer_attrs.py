@@ -12,8 +12,6 @@ from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 
-spec = pytest.mark.spec
-
 TIMER, VTIMER, PTIMER = (
     arm.KVM_ARM_VCPU_TIMER_CTRL,
     arm.KVM_ARM_VCPU_TIMER_IRQ_VTIMER,
@@ -31,8 +29,8 @@ def run(vcpu: VcpuFd) -> Any:
 @pytest.mark.parametrize(
     "timer",
     [
-        pytest.param(VTIMER, marks=spec("vcpu.timer.vtimer"), id="virtual"),
-        pytest.param(PTIMER, marks=spec("vcpu.timer.ptimer"), id="physical"),
+        pytest.param(VTIMER, marks=pytest.mark.spec("vcpu.timer.vtimer"), id="virtual"),
+        pytest.param(PTIMER, marks=pytest.mark.spec("vcpu.timer.ptimer"), id="physical"),
     ],
 )
 def test_an_interrupt_can_be_chosen_among_the_ppis(timer: int) -> None:
@@ -51,14 +49,18 @@ def test_an_interrupt_can_be_chosen_among_the_ppis(timer: int) -> None:
     "timer",
     [
         pytest.param(
-            VTIMER, marks=spec("vcpu.timer.vtimer.rule.all-vcpus", "vcpu.timer.vtimer.rule.later-vcpus"), id="virtual"
+            VTIMER,
+            marks=pytest.mark.spec("vcpu.timer.vtimer.rule.all-vcpus", "vcpu.timer.vtimer.rule.later-vcpus"),
+            id="virtual",
         ),
         pytest.param(
-            PTIMER, marks=spec("vcpu.timer.ptimer.rule.all-vcpus", "vcpu.timer.ptimer.rule.later-vcpus"), id="physical"
+            PTIMER,
+            marks=pytest.mark.spec("vcpu.timer.ptimer.rule.all-vcpus", "vcpu.timer.ptimer.rule.later-vcpus"),
+            id="physical",
         ),
     ],
 )
-@spec("vcpu.first-run.EINVAL.timer-mismatch")
+@pytest.mark.spec("vcpu.first-run.EINVAL.timer-mismatch")
 def test_a_set_counts_for_the_vcpus_there_are(timer: int) -> None:
     """It overwrites what they had. A later vCPU has the default; then nobody runs until all agree."""
     machine = Arm(2, init=False)
@@ -78,11 +80,11 @@ def test_a_set_counts_for_the_vcpus_there_are(timer: int) -> None:
 @pytest.mark.parametrize(
     ("timer", "other"),
     [
-        pytest.param(VTIMER, PTIMER, marks=spec("vcpu.timer.vtimer.rule.same-ppi"), id="virtual"),
-        pytest.param(PTIMER, VTIMER, marks=spec("vcpu.timer.ptimer.rule.same-ppi"), id="physical"),
+        pytest.param(VTIMER, PTIMER, marks=pytest.mark.spec("vcpu.timer.vtimer.rule.same-ppi"), id="virtual"),
+        pytest.param(PTIMER, VTIMER, marks=pytest.mark.spec("vcpu.timer.ptimer.rule.same-ppi"), id="physical"),
     ],
 )
-@spec("vcpu.first-run", "vcpu.first-run.EINVAL.timer-same")
+@pytest.mark.spec("vcpu.first-run", "vcpu.first-run.EINVAL.timer-same")
 def test_one_interrupt_for_both_timers(timer: int, other: int) -> None:
     """It is taken, and keeps the vCPU from running."""
     vcpu = Arm().vcpus[0]
@@ -95,10 +97,14 @@ def test_one_interrupt_for_both_timers(timer: int, other: int) -> None:
     "timer",
     [
         pytest.param(
-            VTIMER, marks=spec("vcpu.timer.vtimer.EBUSY.has-run", "vcpu.timer.vtimer.note.ebusy-scope"), id="virtual"
+            VTIMER,
+            marks=pytest.mark.spec("vcpu.timer.vtimer.EBUSY.has-run", "vcpu.timer.vtimer.note.ebusy-scope"),
+            id="virtual",
         ),
         pytest.param(
-            PTIMER, marks=spec("vcpu.timer.ptimer.EBUSY.has-run", "vcpu.timer.ptimer.note.ebusy-scope"), id="physical"
+            PTIMER,
+            marks=pytest.mark.spec("vcpu.timer.ptimer.EBUSY.has-run", "vcpu.timer.ptimer.note.ebusy-scope"),
+            id="physical",
         ),
     ],
 )
@@ -113,7 +119,7 @@ def test_the_interrupt_of_a_vcpu_that_has_run(timer: int) -> None:
     assert [20, 20] == [vcpu.get_attr(TIMER, timer, 4) for vcpu in machine.vcpus]
 
 
-@spec("vcpu.timer.vtimer.ENXIO.unknown", "vcpu.timer.ptimer.ENXIO.unknown", "vcpu.any")
+@pytest.mark.spec("vcpu.timer.vtimer.ENXIO.unknown", "vcpu.timer.ptimer.ENXIO.unknown", "vcpu.any")
 def test_the_group_has_two_attributes() -> None:
     """Any other is ENXIO, a set when the number is a PPI; so are groups that there are not."""
     vcpu = Arm().vcpus[0]
@@ -133,7 +139,7 @@ def test_the_group_has_two_attributes() -> None:
         ]
 
 
-@spec("vcpu.timer.vtimer.EINVAL.no-irqchip", "vcpu.timer.ptimer.EINVAL.no-irqchip")
+@pytest.mark.spec("vcpu.timer.vtimer.EINVAL.no-irqchip", "vcpu.timer.ptimer.EINVAL.no-irqchip")
 @pytest.mark.parametrize("timer", [VTIMER, PTIMER])
 def test_without_a_gic_in_the_kernel(timer: int) -> None:
     """Setting is EINVAL, even of a value that cannot be read; the default can be got."""

@@ -10,19 +10,20 @@ from struct import calcsize
 from typing import Any, get_type_hints
 
 import pytest
+from kvm_machine import CONFIG, PENDING, RAM, Arm
 
 from fabric.conformance.places import class_name
+from fabric.devices.arm.vgic_its_commands import COMMANDS
 from fabric.uapi import arm64
 from fabric.uapi.codec import Array, CStruct, Word
 
-spec = pytest.mark.spec
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    row["id"]: row
-    for row in tomllib.loads(
-        files("fabric.conformance").joinpath("inventory", "layouts.toml").read_text(encoding="utf-8")
-    )["layout"]
-}
+def inventory(name: str) -> dict[str, Any]:
+    """A file of the inventory."""
+    return tomllib.loads(files("fabric.conformance").joinpath("inventory", name).read_text(encoding="utf-8"))
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {row["id"]: row for row in inventory("layouts.toml")["layout"]}
 CLASSES: dict[str, Any] = {}
 for _module in ("kvm", "arm64", "x86", "ppc", "s390"):
     CLASSES |= vars(importlib.import_module(f"fabric.uapi.{_module}"))
@@ -42,100 +43,100 @@ def case(mark: pytest.MarkDecorator) -> Any:
 
 
 CASES = [
-    case(spec("layout.vgic-v2-reg-attr")),
-    case(spec("layout.vgic-v3-reg-attr")),
-    case(spec("layout.vgic-v3-sysreg-attr")),
-    case(spec("layout.vgic-v3-level-info-attr")),
-    case(spec("layout.vgic-v3-redist-region")),
-    case(spec("layout.gicv2-apr")),
-    case(spec("layout.gicv2-pmr")),
-    case(spec("layout.gicd-iidr")),
-    case(spec("layout.lpi-config")),
-    case(spec("layout.lpi-pending")),
-    case(spec("layout.its-dte")),
-    case(spec("layout.its-cte")),
-    case(spec("layout.its-ite")),
-    case(spec("layout.its-l1-entry")),
-    case(spec("layout.gits-baser")),
-    case(spec("layout.gits-cbaser")),
-    case(spec("layout.its-command")),
-    case(spec("layout.arm-irq-line")),
-    case(spec("layout.arm-device-addr-id")),
-    case(spec("layout.arm-vm-type")),
-    case(spec("layout.kvm-arm-device-addr")),
-    case(spec("layout.kvm-vcpu-init")),
-    case(spec("layout.kvm-pmu-event-filter")),
-    case(spec("layout.pvtime-stolen-time")),
-    case(spec("layout.xics-source")),
-    case(spec("layout.xics-icp-state")),
-    case(spec("layout.mpic-ivpr")),
-    case(spec("layout.mpic-msiir")),
-    case(spec("layout.xive-source")),
-    case(spec("layout.xive-source-config")),
-    case(spec("layout.xive-eq-id")),
-    case(spec("layout.kvm-ppc-xive-eq")),
-    case(spec("layout.xive-eq-entry")),
-    case(spec("layout.xive-vp-state")),
-    case(spec("layout.kvm-vfio-spapr-tce")),
-    case(spec("layout.kvm-create-spapr-tce")),
-    case(spec("layout.kvm-create-spapr-tce-64")),
-    case(spec("layout.kvm-s390-irq")),
-    case(spec("layout.kvm-s390-io-info")),
-    case(spec("layout.kvm-s390-ext-info")),
-    case(spec("layout.kvm-s390-mchk-info")),
-    case(spec("layout.kvm-s390-pgm-info")),
-    case(spec("layout.kvm-s390-prefix-info")),
-    case(spec("layout.kvm-s390-extcall-info")),
-    case(spec("layout.kvm-s390-emerg-info")),
-    case(spec("layout.kvm-s390-stop-info")),
-    case(spec("layout.s390-irq-io-type")),
-    case(spec("layout.s390-io-int-word")),
-    case(spec("layout.kvm-s390-io-adapter")),
-    case(spec("layout.kvm-s390-io-adapter-req")),
-    case(spec("layout.kvm-s390-ais-req")),
-    case(spec("layout.kvm-s390-ais-all")),
-    case(spec("layout.s390-clear-io-word")),
-    case(spec("layout.s390-adapter-indicators")),
-    case(spec("layout.kvm-s390-vm-cpu-processor")),
-    case(spec("layout.kvm-s390-vm-cpu-machine")),
-    case(spec("layout.kvm-s390-vm-cpu-feat")),
-    case(spec("layout.kvm-s390-vm-cpu-subfunc")),
-    case(spec("layout.kvm-s390-vm-tod-clock")),
-    case(spec("layout.kvm-create-device")),
-    case(spec("layout.kvm-device-attr")),
-    case(spec("layout.kvm-enable-cap")),
-    case(spec("layout.kvm-one-reg")),
-    case(spec("layout.kvm-userspace-memory-region")),
-    case(spec("layout.kvm-dirty-log")),
-    case(spec("layout.kvm-irq-level")),
-    case(spec("layout.kvm-irq-routing")),
-    case(spec("layout.kvm-irq-routing-entry")),
-    case(spec("layout.kvm-irq-routing-irqchip")),
-    case(spec("layout.kvm-irq-routing-msi")),
-    case(spec("layout.kvm-irq-routing-s390-adapter")),
-    case(spec("layout.kvm-irq-routing-hv-sint")),
-    case(spec("layout.kvm-irq-routing-xen-evtchn")),
-    case(spec("layout.kvm-msi")),
-    case(spec("layout.kvm-irqfd")),
-    case(spec("layout.kvm-ioeventfd")),
-    case(spec("layout.kvm-lapic-state")),
-    case(spec("layout.kvm-irqchip")),
-    case(spec("layout.kvm-pic-state")),
-    case(spec("layout.kvm-ioapic-state")),
-    case(spec("layout.ioapic-redirect")),
-    case(spec("layout.x86-msi-address-lo")),
-    case(spec("layout.x86-msi-address-hi")),
-    case(spec("layout.kvm-pit-config")),
-    case(spec("layout.kvm-pit-channel-state")),
-    case(spec("layout.kvm-pit-state2")),
-    case(spec("layout.kvm-reinject-control")),
-    case(spec("layout.kvm-clock-data")),
-    case(spec("layout.kvm-hyperv-exit")),
-    case(spec("layout.hyperv-synic")),
-    case(spec("layout.hyperv-hcall")),
-    case(spec("layout.hyperv-syndbg")),
-    case(spec("layout.pvclock-wall-clock")),
-    case(spec("layout.pvclock-vcpu-time-info")),
+    case(pytest.mark.spec("layout.vgic-v2-reg-attr")),
+    case(pytest.mark.spec("layout.vgic-v3-reg-attr")),
+    case(pytest.mark.spec("layout.vgic-v3-sysreg-attr")),
+    case(pytest.mark.spec("layout.vgic-v3-level-info-attr")),
+    case(pytest.mark.spec("layout.vgic-v3-redist-region")),
+    case(pytest.mark.spec("layout.gicv2-apr")),
+    case(pytest.mark.spec("layout.gicv2-pmr")),
+    case(pytest.mark.spec("layout.gicd-iidr")),
+    case(pytest.mark.spec("layout.lpi-config")),
+    case(pytest.mark.spec("layout.lpi-pending")),
+    case(pytest.mark.spec("layout.its-dte")),
+    case(pytest.mark.spec("layout.its-cte")),
+    case(pytest.mark.spec("layout.its-ite")),
+    case(pytest.mark.spec("layout.its-l1-entry")),
+    case(pytest.mark.spec("layout.gits-baser")),
+    case(pytest.mark.spec("layout.gits-cbaser")),
+    case(pytest.mark.spec("layout.its-command")),
+    case(pytest.mark.spec("layout.arm-irq-line")),
+    case(pytest.mark.spec("layout.arm-device-addr-id")),
+    case(pytest.mark.spec("layout.arm-vm-type")),
+    case(pytest.mark.spec("layout.kvm-arm-device-addr")),
+    case(pytest.mark.spec("layout.kvm-vcpu-init")),
+    case(pytest.mark.spec("layout.kvm-pmu-event-filter")),
+    case(pytest.mark.spec("layout.pvtime-stolen-time")),
+    case(pytest.mark.spec("layout.xics-source")),
+    case(pytest.mark.spec("layout.xics-icp-state")),
+    case(pytest.mark.spec("layout.mpic-ivpr")),
+    case(pytest.mark.spec("layout.mpic-msiir")),
+    case(pytest.mark.spec("layout.xive-source")),
+    case(pytest.mark.spec("layout.xive-source-config")),
+    case(pytest.mark.spec("layout.xive-eq-id")),
+    case(pytest.mark.spec("layout.kvm-ppc-xive-eq")),
+    case(pytest.mark.spec("layout.xive-eq-entry")),
+    case(pytest.mark.spec("layout.xive-vp-state")),
+    case(pytest.mark.spec("layout.kvm-vfio-spapr-tce")),
+    case(pytest.mark.spec("layout.kvm-create-spapr-tce")),
+    case(pytest.mark.spec("layout.kvm-create-spapr-tce-64")),
+    case(pytest.mark.spec("layout.kvm-s390-irq")),
+    case(pytest.mark.spec("layout.kvm-s390-io-info")),
+    case(pytest.mark.spec("layout.kvm-s390-ext-info")),
+    case(pytest.mark.spec("layout.kvm-s390-mchk-info")),
+    case(pytest.mark.spec("layout.kvm-s390-pgm-info")),
+    case(pytest.mark.spec("layout.kvm-s390-prefix-info")),
+    case(pytest.mark.spec("layout.kvm-s390-extcall-info")),
+    case(pytest.mark.spec("layout.kvm-s390-emerg-info")),
+    case(pytest.mark.spec("layout.kvm-s390-stop-info")),
+    case(pytest.mark.spec("layout.s390-irq-io-type")),
+    case(pytest.mark.spec("layout.s390-io-int-word")),
+    case(pytest.mark.spec("layout.kvm-s390-io-adapter")),
+    case(pytest.mark.spec("layout.kvm-s390-io-adapter-req")),
+    case(pytest.mark.spec("layout.kvm-s390-ais-req")),
+    case(pytest.mark.spec("layout.kvm-s390-ais-all")),
+    case(pytest.mark.spec("layout.s390-clear-io-word")),
+    case(pytest.mark.spec("layout.s390-adapter-indicators")),
+    case(pytest.mark.spec("layout.kvm-s390-vm-cpu-processor")),
+    case(pytest.mark.spec("layout.kvm-s390-vm-cpu-machine")),
+    case(pytest.mark.spec("layout.kvm-s390-vm-cpu-feat")),
+    case(pytest.mark.spec("layout.kvm-s390-vm-cpu-subfunc")),
+    case(pytest.mark.spec("layout.kvm-s390-vm-tod-clock")),
+    case(pytest.mark.spec("layout.kvm-create-device")),
+    case(pytest.mark.spec("layout.kvm-device-attr")),
+    case(pytest.mark.spec("layout.kvm-enable-cap")),
+    case(pytest.mark.spec("layout.kvm-one-reg")),
+    case(pytest.mark.spec("layout.kvm-userspace-memory-region")),
+    case(pytest.mark.spec("layout.kvm-dirty-log")),
+    case(pytest.mark.spec("layout.kvm-irq-level")),
+    case(pytest.mark.spec("layout.kvm-irq-routing")),
+    case(pytest.mark.spec("layout.kvm-irq-routing-entry")),
+    case(pytest.mark.spec("layout.kvm-irq-routing-irqchip")),
+    case(pytest.mark.spec("layout.kvm-irq-routing-msi")),
+    case(pytest.mark.spec("layout.kvm-irq-routing-s390-adapter")),
+    case(pytest.mark.spec("layout.kvm-irq-routing-hv-sint")),
+    case(pytest.mark.spec("layout.kvm-irq-routing-xen-evtchn")),
+    case(pytest.mark.spec("layout.kvm-msi")),
+    case(pytest.mark.spec("layout.kvm-irqfd")),
+    case(pytest.mark.spec("layout.kvm-ioeventfd")),
+    case(pytest.mark.spec("layout.kvm-lapic-state")),
+    case(pytest.mark.spec("layout.kvm-irqchip")),
+    case(pytest.mark.spec("layout.kvm-pic-state")),
+    case(pytest.mark.spec("layout.kvm-ioapic-state")),
+    case(pytest.mark.spec("layout.ioapic-redirect")),
+    case(pytest.mark.spec("layout.x86-msi-address-lo")),
+    case(pytest.mark.spec("layout.x86-msi-address-hi")),
+    case(pytest.mark.spec("layout.kvm-pit-config")),
+    case(pytest.mark.spec("layout.kvm-pit-channel-state")),
+    case(pytest.mark.spec("layout.kvm-pit-state2")),
+    case(pytest.mark.spec("layout.kvm-reinject-control")),
+    case(pytest.mark.spec("layout.kvm-clock-data")),
+    case(pytest.mark.spec("layout.kvm-hyperv-exit")),
+    case(pytest.mark.spec("layout.hyperv-synic")),
+    case(pytest.mark.spec("layout.hyperv-hcall")),
+    case(pytest.mark.spec("layout.hyperv-syndbg")),
+    case(pytest.mark.spec("layout.pvclock-wall-clock")),
+    case(pytest.mark.spec("layout.pvclock-vcpu-time-info")),
 ]
 
 
@@ -215,3 +216,59 @@ def test_the_values_of_iidr_are_those_of_the_kernel() -> None:
 def test_every_word_and_struct_of_the_inventory_has_a_class() -> None:
     """By its name."""
     assert [] == [id for id in LAYOUTS if class_name(id) not in CLASSES]
+
+
+@pytest.mark.spec("layout.its-command.rule.fields")
+def test_fields_of_its_commands() -> None:
+    """Opcode, and word and bits of every field, by command."""
+    promised = {
+        row["id"]: (row["opcode"], row["fields"].replace("target RDbase", "RDbase2").lower())
+        for row in inventory("arm-vgic-its.toml")["command"]
+    }
+
+    def place(field: Any) -> str:
+        return f"w{field.word}[{field.hi}]" if field.hi == field.lo else f"w{field.word}[{field.hi}:{field.lo}]"
+
+    assert promised == {
+        command.id: (command.opcode, ", ".join(f"{field.name} {place(field)}" for field in command.fields).lower())
+        for command in COMMANDS
+    }
+
+
+@pytest.mark.spec("layout.lpi-config.note.architecture")
+def test_a_byte_of_the_lpi_configuration_table() -> None:
+    """As the GIC architecture has it: priority in bits 7:2, enable in bit 0; bit 1 is no part of either."""
+    machine = Arm(memory=True)
+    machine.add_its()
+    lpi = machine.inside.irqchip.lpis[8192]
+    seen = []
+    for byte in (0xA1, 0xA3, 0xA2, 0x09):
+        machine.user.write(machine.ram + CONFIG - RAM, bytes([byte]))
+        machine.command("INV", DeviceID=8, EventID=0)
+        config = arm64.LpiConfig.unpack(byte)
+        assert (lpi.priority, lpi.enabled) == (config.priority << 2, bool(config.enable))
+        seen.append((lpi.priority, lpi.enabled))
+
+    assert [(0xA0, True), (0xA0, True), (0xA0, False), (0x08, True)] == seen
+
+
+@pytest.mark.spec("layout.lpi-pending.rule.first-kib", "layout.lpi-pending.rule.size")
+def test_the_pending_table_of_all_lpis() -> None:
+    """8 KiB for 16 bits of ids, of which saving leaves the first, for ids below 8192, alone; LPI n is bit n mod 8 of
+    byte n div 8."""
+    machine = Arm(memory=True)
+    table = machine.ram + PENDING - RAM
+    machine.user.write(table + 0x2000, b"\xee" * 8)
+    machine.add_its()
+    machine.command("MAPTI", DeviceID=8, EventID=1, pINTID=65535, ICID=0)
+    for event in (0, 1):
+        machine.command("INT", DeviceID=8, EventID=event)
+    machine.user.write(table, b"\xff" * 0x400)
+    machine.gic.set_attr(arm64.KVM_DEV_ARM_VGIC_GRP_CTRL, arm64.KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES)
+
+    saved = machine.user.read(table, 0x2008)
+    assert b"\xff" * 0x400 == saved[:0x400]
+    assert {0x400: 1 << 8192 % 8, 0x1FFF: 1 << 65535 % 8} == {
+        at: byte for at, byte in enumerate(saved[:0x2000]) if byte and at >= 0x400
+    }
+    assert b"\xee" * 8 == saved[0x2000:]

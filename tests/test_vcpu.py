@@ -16,6 +16,7 @@ import fabric
 from fabric.clock.engine import current_engine
 from fabric.errors import Deadlock, KvmError
 from fabric.uapi import kvm as uapi
+from fabric.uapi.arm64 import KVM_ARM_VCPU_PSCI_0_2
 from fabric.uapi.kvm import KvmRunMmio, KvmRunSystemEvent
 from fabric.vcpu import Costs
 
@@ -29,6 +30,8 @@ color: ContextVar[str] = ContextVar("color", default="none")
 
 class Machine(Arm):
     """A VM whose SPIs go to vCPU 0, with what tests do to it."""
+
+    features = (KVM_ARM_VCPU_PSCI_0_2,)
 
     def __init__(self, vcpus: int = 1, **options: Any) -> None:
         super().__init__(vcpus, **options)
@@ -893,7 +896,7 @@ def test_vcpu_init_begins_the_program_anew() -> None:
     async def main(machine: Machine) -> None:
         for _ in range(2):
             await machine.run()
-            machine.vcpus[0].init()
+            machine.vcpus[0].init(machine.features)
 
     assert [(0, "begins"), (0, "begins")] == simulate(main, bind)
 

@@ -333,7 +333,7 @@ def test_reset_closes_a_guest_that_was_loaded() -> None:
         two.first.vcpus[0].load(program)
         await two.stop(10, "EINTR")
         two.move()
-        two.second.vcpus[0].init()
+        two.second.vcpus[0].init(two.second.features)
         with trio.move_on_at(20e-9):
             await two.run(two.second)
         return two.log[:3]

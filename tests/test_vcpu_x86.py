@@ -358,6 +358,36 @@ def test_the_mp_state_of_a_halted_vcpu() -> None:
     assert [(10, "goes on"), (70, LOW), (160, "end")] == simulate(main, body)
 
 
+@pytest.mark.parametrize(
+    ("wake", "at"),
+    [
+        pytest.param(lambda vm: vm.msi(LOW), 10, id="interrupt"),
+        pytest.param(nmi, 10, id="nmi"),
+        pytest.param(lambda vm: vm.vm.signal_msi(MSI, 2 << 8), 10, id="smi"),
+        pytest.param(lambda vm: vm.vm.signal_msi(MSI, 3 << 8), 10, id="wakeup"),
+        pytest.param(lambda vm: vm.vcpu().interrupt(), None, id="signal"),
+    ],
+)
+def test_a_vcpu_that_the_vmm_has_halted(wake: Any, at: int | None) -> None:
+    """It does nothing, not even what needs no time, until something comes that would end a HLT; a signal does not."""
+
+    async def body(vm: X86Vm, cpu: Any) -> None:
+        vm.note("begins")
+
+    async def main(vm: X86Vm) -> None:
+        vm.vcpu().cpu_interface.write(0xF0, 0x1FF)
+        vm.vcpus[0].ioctl(requests.KVM_SET_REGS, x86.KvmRegs(rflags=0x202))
+        vm.vcpus[0].mp_state = uapi.KVM_MP_STATE_HALTED
+        vm.at(10, wake, vm)
+        if at is None:
+            assert "EINTR" == await vm.run()
+            assert uapi.KVM_MP_STATE_HALTED == vm.vcpus[0].mp_state
+        else:
+            await one_run(vm)
+
+    assert ([] if at is None else [(at, "begins"), (at, "end")]) == simulate(main, body)
+
+
 def test_a_paravirtual_wakeup_ends_a_halt() -> None:
     """A message of the remote-read mode, as KVM uses it, with IF clear as well."""
 

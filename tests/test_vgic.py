@@ -359,17 +359,19 @@ def test_a_long_list_is_put_in_order_for_good() -> None:
     machine.check()
 
 
-def test_an_active_interrupt_without_a_vcpu_joins_one_at_the_next_event() -> None:
-    """Made active while it has no target; giving it one is no event, raising it is."""
+@pytest.mark.parametrize("event", ["pend_edge", "activate"])
+def test_an_active_interrupt_without_a_vcpu_joins_one_at_the_next_event(event: str) -> None:
+    """Made active while it has no target; giving it one is no event, raising it is, and so is making it active."""
     machine = GicMachine()
     irq = machine.spi(32)
     machine.vgic.retarget(irq, None)
     machine.vgic.activate(irq)
     machine.vgic.retarget(irq, machine.cpu)
     assert 0 == machine.cpu.nr_active
-    machine.vgic.pend_edge(irq)
+    getattr(machine.vgic, event)(irq)
     machine.check()
     assert 1 == machine.cpu.nr_active
+    machine.vgic.pend_edge(irq)
     assert SPURIOUS == take(machine)
     machine.vgic.deactivate(irq, ended=False)
 
@@ -525,6 +527,22 @@ def test_an_unmapped_lpi_that_no_vcpu_has_is_dropped() -> None:
 
     assert {"unmapped": 1} == machine.check().dropped
     assert {} == machine.vgic.lpis
+
+
+def test_an_unmapped_lpi_that_was_done_is_not_found_by_its_number() -> None:
+    """Not by GICR_INVLPIR, which would enable it again, and not by KVM_IRQ_LINE."""
+    machine = lpi_machine()
+    machine.vm.vcpus[0].running = True
+    irq = machine.lpi(8192)
+    machine.vgic.pend_edge(irq)
+    machine.vgic.remove_lpi(irq)
+    machine.vgic.set_lpi_config(irq, False, 0xA0)
+
+    machine.write(0xA0, 8192, 8, base=GICR_BASE)
+
+    assert SPURIOUS == take(machine)
+    assert errno.EINVAL == refusal(machine.vgic.inject_spi, 8192, True)
+    assert {"unmapped": 1} == machine.check().dropped
 
 
 @pytest.mark.spec("vgic-v3.redist-regs.rule.disable-flushes")

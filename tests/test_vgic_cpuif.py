@@ -168,6 +168,23 @@ def test_dir_does_nothing_without_split_end() -> None:
     assert irq.active
 
 
+def test_dir_is_not_for_lpis() -> None:
+    """One that its end did not match stays active, and DIR leaves it so."""
+    machine = GicMachine()
+    msr(machine, "CTLR", EOIMODE)
+    irq = machine.lpi(8192)
+    machine.vgic.pend_edge(irq)
+    mrs(machine, "IAR1")
+    machine.vgic.set_lpi_config(irq, True, 0x20)
+    msr(machine, "EOIR1", 8192)
+    assert irq.active
+
+    msr(machine, "DIR", 8192)
+
+    assert irq.active
+    machine.check()
+
+
 def test_an_lpi_needs_no_deactivation() -> None:
     """Its end is all, also with EOImode."""
     machine = GicMachine()
@@ -244,6 +261,25 @@ def test_four_active_interrupts_fill_the_list_registers() -> None:
 
     assert machine.cpu.line
     assert 40 == mrs(machine, "IAR1")
+    machine.check()
+
+
+def test_of_more_active_interrupts_than_list_registers_the_first_can_end() -> None:
+    """Made active by ISACTIVER; the fifth gets its list register when another is free."""
+    machine = GicMachine()
+    msr(machine, "CTLR", EOIMODE)
+    irqs = [machine.spi(intid) for intid in range(32, 37)]
+    for irq in irqs:
+        machine.vgic.activate(irq)
+    msr(machine, "DIR", 36)
+    assert irqs[4].active
+    msr(machine, "DIR", 33)
+    assert not irqs[1].active
+    machine.check()
+
+    msr(machine, "DIR", 36)
+
+    assert not irqs[4].active
     machine.check()
 
 

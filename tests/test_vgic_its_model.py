@@ -32,6 +32,7 @@ from its_machine import (
     RESTORE_TABLES,
     SAVE_TABLES,
     VALID,
+    FakeVm,
     ItsMachine,
     itt,
     mapc,
@@ -42,6 +43,7 @@ from its_model import ItsModel, Refused, VmModel
 from its_strategies import commands, msis, registers, table_places, table_words
 
 from fabric.devices.arm.vgic_its import Its, signal_msi
+from fabric.devices.arm.vgic_v3 import VgicV3
 from fabric.devices.arm.vgic_v3_regs import GICR
 from fabric.errors import KvmError
 from fabric.memory import GuestMemory
@@ -84,6 +86,19 @@ class Both:
         if indirect:
             for n in range(2):
                 self.poke((DEVICE_TABLE + n * 0x1_0000, VALID | LEVEL2 + n * 0x1_0000))
+
+    def move(self) -> None:
+        """Put another machine in the place of this one, made from the states of its devices."""
+        old, new = self.machine, ItsMachine.__new__(ItsMachine)
+        new.vm, new.memory = FakeVm(VCPUS), old.memory
+        new.vm.memory = old.memory
+        new.vgic = VgicV3.from_state(new.vm, old.vgic.state())
+        states = [its.state() for its in self.its]
+        self.its = [Its.from_state(new.vm, state) for state in states]
+        new.its = self.its[0]
+        self.machine = new
+        assert states == [its.state() for its in self.its]
+        self.compare()
 
     # -- steps: what the machine and the model answer
 
@@ -223,14 +238,67 @@ def walk(sequence: list[tuple[str, int, Any]], gap: int, indirect: bool) -> None
         both.step(*step)
         if step[0] == "control":
             both.compare_memory()
+            both.move()
     both.compare_memory()
 
 
 @given(st.lists(steps, max_size=40), st.sampled_from([0, 0x2_0000]), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_any_sequence(sequence: list[tuple[str, int, Any]], gap: int, indirect: bool) -> None:
-    """Answers, registers, maps, LPIs, the translation cache and memory are those of the plain description."""
+    """Answers, registers, maps, LPIs, the translation cache and memory are those of the plain description.
+
+    Also when the machine is exchanged, now and then, for one made from its state.
+    """
     walk(sequence, gap, indirect)
+
+
+entries = st.one_of(
+    table_words,
+    st.sampled_from([0, VALID, (1 << 64) - 1]),
+    st.integers(0, 63).map(lambda bit: 1 << bit),
+)
+"""What an entry is damaged with, by exclusive or."""
+places = st.builds(
+    lambda base, n: base + 8 * n,
+    st.sampled_from([DEVICE_TABLE, COLLECTION_TABLE, itt(0), itt(1), itt(2), LEVEL2]),
+    st.integers(0, 5),
+)
+
+
+@given(
+    st.lists(st.tuples(st.just("command"), st.just(0), commands), max_size=15),
+    st.lists(st.tuples(places, entries), min_size=1, max_size=5),
+    st.lists(st.tuples(st.just("msi"), st.just(0), msis), max_size=6),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_damaged_tables(
+    sequence: list[tuple[str, int, Any]],
+    damage: list[tuple[int, int]],
+    senders: list[tuple[str, int, Any]],
+    indirect: bool,
+) -> None:
+    """Whatever is done to saved tables, what restoring them answers and leaves is what the description says."""
+    both = Both(indirect=indirect)
+    for command in START:
+        both.step("command", 0, command)
+    for step in sequence:
+        both.step(*step)
+    both.step("control", 0, SAVE_TABLES)
+    baser = [both.models[0].baser[n] for n in range(2)]
+    both.step("control", 0, RESET)
+    for address, bits in damage:
+        both.poke((address, int.from_bytes(both.machine.memory.read(address, 8), "little") ^ bits))
+    both.register(0, CBASER, VALID | QUEUE)
+    for n in range(2):
+        both.register(0, BASER0 + 8 * n, baser[n])
+    both.step("control", 0, RESTORE_TABLES)
+    both.compare_memory()
+    both.register(0, CTLR, 1)
+    for step in senders:
+        both.step(*step)
+    both.step("control", 0, SAVE_TABLES)
+    both.compare_memory()
 
 
 @pytest.mark.soak

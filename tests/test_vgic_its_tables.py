@@ -363,9 +363,9 @@ class TestState:
         new = Its.create(FakeVm())
 
         assert new.state() == Its.from_state(FakeVm(), new.state()).state()
-        assert 2 == attrs.asdict(ItsState())["version"]
+        assert 1 == attrs.asdict(ItsState())["version"]
 
     def test_unknown_versions_are_refused(self) -> None:
         """A record of another version is a ValueError."""
-        with pytest.raises(ValueError, match="version must be 2, not 1"):
-            Its.from_state(FakeVm(), ItsState(version=1))
+        with pytest.raises(ValueError, match="version must be 1, not 2"):
+            Its.from_state(FakeVm(), ItsState(version=2))

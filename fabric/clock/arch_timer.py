@@ -191,6 +191,11 @@ class ArchTimer:
         """The timer condition, whether the timer is enabled or not."""
         return self.count() >= self.cval
 
+    @property
+    def asserted(self) -> bool:
+        """Where the line belongs now."""
+        return self.ctl & (ENABLE | IMASK) == ENABLE and self.expired()
+
     def changed(self) -> None:
         """Registers, offset or time moved: bring the line and the deadline up to date, or remember to."""
         if self.loaded:
@@ -269,7 +274,7 @@ class ArchTimer:
     def _check(self) -> None:
         """Assert the invariants; for tests."""
         if self.loaded and not self._stale:
-            assert self.level == (self.ctl & (ENABLE | IMASK) == ENABLE and self.expired())
+            assert self.level == self.asserted
 
 
 @attrs.frozen
@@ -345,7 +350,12 @@ class ArchTimers:
     KVM_REG_ARM_PTIMER_* ids of its header lead to ENOENT."""
 
     def get_one_reg(self, reg_id: int) -> int:
-        """The value of a timer register. KvmError(ENOENT) for an id that is none."""
+        """The value of a timer register.
+
+        Raises:
+            KvmError: ENOENT for an id that is none, the physical timer's included (api.reg.ptimer-ctl,
+                api.reg.ptimer-cval, api.reg.ptimer-cnt).
+        """
         timer = self.virtual
         if reg_id == KVM_REG_ARM_TIMER_CTL:
             # Unlike the guest, userspace sees ISTATUS of a disabled timer as well.

@@ -3,8 +3,8 @@
 Tables carry the ids of what their rows implement, and what is no table says in its docstring what it is. So a row's
 place is, the first of these that there is:
 
-1. a table row with its id (a string of the source that is the id, or the name of a register in a table whose ids
-   are put together from names);
+1. a table row with its id: a string of the source that is the id, or one that is put together and fits it
+   (``f"vgic-v3.reg.gicd.{name}"``; then the register's name says which row);
 2. a table key with its C name: capabilities, registers of KVM_GET_ONE_REG; of a layout the class with its name;
 3. a function, a class or a module whose docstring names the id;
 4. the first use of its C name: exit reasons.
@@ -25,7 +25,9 @@ import attrs
 from fabric.conformance.rows import Row
 
 PACKAGE: Final = Path(__file__).parent.parent
-_IN_TABLE, _NAMED_KEY, _FUNCTION, _CLASS, _MODULE, _USE = range(6)
+_IN_TABLE, _COMPOSED, _NAMED_KEY, _FUNCTION, _CLASS, _MODULE, _USE = range(7)
+_ROWS_OF_TABLES: Final = frozenset({"attr", "register", "command"})
+"""What is in tables whose ids may be put together."""
 _MENTION = re.compile(r"[a-z][a-z0-9-]*(?:\.[A-Za-z0-9-]+)*(?:\.\*)?")
 
 
@@ -83,12 +85,12 @@ class _Source:
     def _tables(self) -> Iterator[tuple[str, int, int]]:
         documented = {id(text) for text, _, _ in self._documented()}
         literals: dict[str, int] = {}
-        prefixes: dict[str, int] = {}
+        patterns: dict[str, int] = {}
         keys: dict[str, int] = {}
         uses: dict[str, int] = {}
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.JoinedStr) and node.values and isinstance(node.values[0], ast.Constant):
-                prefixes.setdefault(str(node.values[0].value), node.lineno)
+            if isinstance(node, ast.JoinedStr) and (pattern := _pattern(node)):
+                patterns.setdefault(pattern, node.lineno)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
                 literals[node.value] = min(node.lineno, literals.get(node.value, node.lineno))
             elif isinstance(node, ast.Dict):
@@ -98,10 +100,10 @@ class _Source:
         for row in self.rows.values():
             if row.id in literals and row.parent is not None:
                 yield row.id, _IN_TABLE, literals[row.id]
-            elif row.kind == "register":
-                composed = next((prefix for prefix in prefixes if "." in prefix and row.id.startswith(prefix)), None)
-                if composed is not None:
-                    yield row.id, _IN_TABLE, literals.get(row.name, prefixes[composed])
+            elif row.kind in _ROWS_OF_TABLES:
+                for pattern, line in patterns.items():
+                    if re.fullmatch(pattern, row.id):
+                        yield row.id, _COMPOSED, literals.get(row.name, line)
             elif row.name in keys:
                 yield row.id, _NAMED_KEY, keys[row.name]
             elif row.name in uses:
@@ -131,6 +133,16 @@ class _Source:
 def class_name(layout: str) -> str:
     """The class of a layout: ``layout.kvm-irq-level`` is KvmIrqLevel."""
     return "".join(part.capitalize() for part in layout.removeprefix("layout.").split("-"))
+
+
+def _pattern(string: ast.JoinedStr) -> str:
+    """A regular expression for the ids that an f-string may be; empty for one that is none."""
+    constant = "".join(str(part.value) for part in string.values if isinstance(part, ast.Constant))
+    if not re.fullmatch(r"[a-z0-9.-]*[a-z][a-z0-9.-]*", constant) or "." not in constant:
+        return ""
+    return "".join(
+        re.escape(str(part.value)) if isinstance(part, ast.Constant) else "[a-z0-9-]+" for part in string.values
+    )
 
 
 def _c_name(node: ast.expr) -> str:

@@ -70,7 +70,8 @@ def read_inventory() -> dict[str, Row]:
             if row.id in rows:
                 raise ValueError(f"{file.name}: {row.id} must be in the inventory once")
             rows[row.id] = row
-            uses[row.id] = [used for step in table.get("steps", ()) for used in step.get("uses", ())]
+            common = (step for step in table.get("steps", ()) if not _BEGINS_WITH_ONE.match(step["do"]))
+            uses[row.id] = [used for step in common for used in step.get("uses", ())]
     return {id: _narrowed(row, rows, uses) for id, row in rows.items()}
 
 
@@ -78,27 +79,29 @@ def _below(table: dict[str, Any], parent: Row) -> Iterator[tuple[Row, dict[str, 
     for kind, value in table.items():
         for inner in value if isinstance(value, list) else ():
             if isinstance(inner, dict) and "id" in inner:
-                row = _row(inner, parent, kind)
+                row = _row(inner, parent, kind, table.get("enable", ""))
                 yield row, inner
                 yield from _below(inner, row)
 
 
-def _row(table: dict[str, Any], parent: Row | None, kind: str) -> Row:
+def _row(table: dict[str, Any], parent: Row | None, kind: str, enable: str = "") -> Row:
     listed = frozenset(table.get("architectures", ()))
     if listed:
         architectures = frozenset() if listed & _ALL else listed
     else:
         architectures = parent.architectures if parent is not None else frozenset()
         # "x86: no in-kernel irqchip" speaks of x86 in a table for all.
-        text = table.get("when") or table.get("text") or ""
-        if _BEGINS_WITH_ONE.match(text):
+        text = table.get("when") or table.get("text") or table.get("do") or ""
+        if table.get("ops") == ["enable"] and _ONE.search(enable):
+            architectures = frozenset(_ONE.findall(enable))  # "vm (x86)": nobody else can enable it
+        elif _BEGINS_WITH_ONE.match(text):
             architectures = frozenset(_ONE.findall(text))
     name = table.get("name") or table.get("device") if kind == "interface" else table.get("name")
     return Row(table["id"], parent, kind, name or "", table.get("kernel", ""), architectures)
 
 
 def _narrowed(row: Row, rows: dict[str, Row], uses: dict[str, list[str]]) -> Row:
-    """A sequence is for those that have everything it uses; so are its steps and notes."""
+    """A sequence is for those that have everything it uses, but in steps for others; so are its steps and notes."""
     sequence = row if row.kind == "sequence" or row.parent is None else row.parent
     if sequence.kind != "sequence":
         return row

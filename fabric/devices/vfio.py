@@ -23,7 +23,8 @@ KVM_DEV_VFIO_GROUP_DEL = 2
 
 
 class Vfio:
-    """The link between a VM and its VFIO groups."""
+    """The link between a VM and its VFIO groups. It has two attributes, which are written; any other is ENXIO, and
+    there is no way to read (vfio.any)."""
 
     attributes: ClassVar[AttrTable]
     released_on_close: ClassVar[bool] = True
@@ -89,6 +90,6 @@ Vfio.attributes = AttrTable(
             ),
         ),
     ),
-    # There is no way to read: any attribute, known or not.
+    # Of any attribute, known or not.
     unknown_get=errno.EPERM,
 )

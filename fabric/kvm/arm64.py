@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,16 @@ from fabric.errors import KvmError
 from fabric.kvm import vm_fd
 from fabric.kvm.arch import GENERIC_CAPABILITIES, Architecture
 from fabric.kvm.arm64_vcpu import VCPU_TABLE, ArmVcpuPart
+from fabric.kvm.dirty_ring import MAX_SIZE
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Members, Pointer
 from fabric.kvm.routing import MsiRoute, PinRoute, Route
 from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.vcpu import Arm64Vcpu
+from fabric.vcpu.arm64_sysregs import CSV_FIELDS, PFR0, host_registers
+from fabric.vcpu.pmu import EventFilter, PmuHost
+from fabric.vcpu.smccc import Firmware
 
 if TYPE_CHECKING:
     from fabric.kvm.vm import VcpuFile, Vm, VmFile
@@ -70,7 +75,19 @@ CAPABILITIES: dict[int, int] = {
 class ArmVmPart:
     """What the KVM layer keeps for an arm64 VM."""
 
-    __slots__ = ("counter", "el1_32bit", "has_run", "pmu_filter", "pmu_id", "vcpus")
+    __slots__ = (
+        "counter",
+        "csv",
+        "el1_32bit",
+        "firmware",
+        "has_run",
+        "host",
+        "pmu_cpus",
+        "pmu_filter",
+        "pmu_host",
+        "pmu_id",
+        "vcpus",
+    )
 
     def __init__(self, vm: Vm) -> None:
         options = vm.options
@@ -83,10 +100,17 @@ class ArmVmPart:
         """Some vCPU got past its first-run checks."""
         self.el1_32bit: bool | None = None
         """Register width of the VM's vCPUs, once one of them was initialised."""
+        self.host = host_registers(options)
+        """The ID registers of the host by encoding, as the VM sees them."""
+        self.csv = self.host[PFR0] & CSV_FIELDS
+        """What the host promises about speculation, which userspace may lessen."""
+        self.firmware = Firmware()
+        self.pmu_host: PmuHost = vm.arch.pmu  # type: ignore[attr-defined]
         self.pmu_id: int | None = None
         """The host PMU in use."""
-        self.pmu_filter: list[tuple[int, int, int]] = []
-        """First event, number of events and action (allow or deny) of each filter, in the order given."""
+        self.pmu_cpus: frozenset[int] | None = None
+        """The physical CPUs of a PMU that was chosen; None for all."""
+        self.pmu_filter = EventFilter(options["pmu_event_bits"])
         self.vcpus: list[ArmVcpuPart] = []
         """In creation order."""
 
@@ -104,12 +128,20 @@ class Arm64(Architecture):
         "counter_hz": DEFAULT_FREQUENCY,
         "counter_start": 0,
         "pmu_ids": (8,),
+        "pmu_cpus": {},
         "pmu_event_bits": 16,
+        "pmu_counters": 6,
+        "pmu_long_counters": False,
+        "pmu_poison": False,
+        "cpu_hz": 1_000_000_000,
+        "instructions_per_cycle": 1,
         "el1_32bit": True,
         "sve": True,
+        "sve_max_vq": 16,
         "ptrauth": True,
         "ras": True,
         "steal_time": True,
+        "dirty_ring": False,  # Linux has it on arm64 since 6.2
     }
     vcpu_table = VCPU_TABLE
     unknown_request = errno.EINVAL
@@ -126,6 +158,17 @@ class Arm64(Architecture):
             raise ValueError(f"ipa_bits must be 32 to 52, not {options['ipa_bits']!r}")
         if not 16 <= options["lpi_id_bits"] <= 24:
             raise ValueError(f"lpi_id_bits must be 16 to 24, not {options['lpi_id_bits']!r}")
+        if not 1 <= options["sve_max_vq"] <= 16:
+            raise ValueError(f"sve_max_vq must be 1 to 16 quadwords, not {options['sve_max_vq']!r}")
+        self.pmu = PmuHost(
+            cpu_hz=options["cpu_hz"],
+            instructions_per_cycle=Fraction(options["instructions_per_cycle"]),
+            counter_hz=options["counter_hz"],
+            counters=options["pmu_counters"],
+            event_bits=options["pmu_event_bits"],
+            long_counters=options["pmu_long_counters"],
+            poison=options["pmu_poison"],
+        )
         self.host_max_vcpus = arm.VGIC_V2_MAX_CPUS if options["host_gic"] == 2 else arm.VGIC_V3_MAX_CPUS
         self._capabilities: dict[int, int] = {
             **CAPABILITIES,
@@ -142,6 +185,7 @@ class Arm64(Architecture):
             uapi.KVM_CAP_ARM_PTRAUTH_GENERIC: int(options["ptrauth"]),
             uapi.KVM_CAP_ARM_INJECT_SERROR_ESR: int(options["ras"]),
             uapi.KVM_CAP_STEAL_TIME: int(options["steal_time"]),
+            uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: MAX_SIZE if options["dirty_ring"] else 0,
         }
 
     # -- machines
@@ -186,7 +230,7 @@ class Arm64(Architecture):
             raise KvmError(errno.EINVAL, f"a vCPU id must be below {self.host_max_vcpus}, not {vcpu_id}")
 
     def new_vcpu(self, vm: Vm, vcpu_id: int, index: int) -> tuple[Arm64Vcpu, ArmVcpuPart]:
-        vcpu = Arm64Vcpu(vm, vcpu_id, index, vm.engine, vm.part.counter)
+        vcpu = Arm64Vcpu(vm, vcpu_id, index, vm.engine, vm.part.counter, vm.part.host, vm.part.firmware)
         return vcpu, ArmVcpuPart(vm, vcpu)
 
     def vcpu_created(self, file: VcpuFile) -> None:
@@ -203,12 +247,12 @@ class Arm64(Architecture):
         if vm.irqchip is not None:
             try:
                 vm.irqchip.first_run()
-            except KvmError:
+            except (KvmError, MemoryError):
                 # A GIC that cannot be mapped is beyond repair: everything on this VM is EIO from here on.
                 vm.kill()
                 raise
         part.enable_timers()
-        part.check_pmu()
+        part.enable_pmu()
         vcpu.has_run = vm.part.has_run = True
 
     # -- interrupts

@@ -1,7 +1,5 @@
 """Attributes of arm64 vCPU fds: PMU, timers, stolen time.
 
-The PMU counts nothing here, but is set up, checked and refused as KVM does.
-
 Rules: vcpu.* of the interface inventory.
 """
 
@@ -13,14 +11,11 @@ from typing import TYPE_CHECKING
 from fabric.devices.attributes import Attr, AttrTable, Group, Pointer
 from fabric.errors import KvmError
 from fabric.uapi import arm64 as arm
+from fabric.vcpu.pvtime import INVALID_IPA, STOLEN_TIME_ALIGN, STRUCTURE_SIZE
 
 if TYPE_CHECKING:
     from fabric.clock.arch_timer import ArchTimer
     from fabric.kvm.arm64_vcpu import ArmVcpuPart
-
-INVALID_IPA = (1 << 64) - 1
-"""KVM_ARM_VCPU_PVTIME_IPA before it is set."""
-STOLEN_TIME_ALIGN = 64
 
 
 def s32(ptr: Pointer) -> int:
@@ -40,7 +35,16 @@ def _check_pmu_set(part: ArmVcpuPart) -> None:
     if part.pmu_created:
         raise KvmError(errno.EBUSY, "the PMU is initialised already")
     if part.shared.pmu_id is None:
-        part.shared.pmu_id = part.vm.options["pmu_ids"][0]
+        part.shared.pmu_id = _default_pmu(part)
+
+
+def _default_pmu(part: ArmVcpuPart) -> int:
+    """The PMU of the physical CPU that the VMM is on when it first asks: that is CPU 0 here."""
+    options = part.vm.options
+    for number in options["pmu_ids"]:
+        if 0 in options["pmu_cpus"].get(number, (0,)):
+            return int(number)
+    raise KvmError(errno.ENODEV, "the physical CPU of the VMM has no PMU")
 
 
 def _set_pmu_irq(part: ArmVcpuPart, _attr: int, ptr: Pointer) -> None:
@@ -91,7 +95,10 @@ def _set_pmu_filter(part: ArmVcpuPart, _attr: int, ptr: Pointer) -> None:
         raise KvmError(errno.EINVAL, f"action must be allow (0) or deny (1), not {wanted.action}")
     if part.shared.has_run:
         raise KvmError(errno.EBUSY, "a filter comes before any vCPU has run")
-    part.shared.pmu_filter.append((wanted.base_event, wanted.nevents, wanted.action))
+    try:
+        part.shared.pmu_filter.apply(wanted.base_event, wanted.nevents, wanted.action == arm.KVM_PMU_EVENT_ALLOW)
+    except MemoryError:
+        raise KvmError(errno.ENOMEM, "there is no memory for the bitmap of events") from None
 
 
 def _set_pmu(part: ArmVcpuPart, _attr: int, ptr: Pointer) -> None:
@@ -100,9 +107,11 @@ def _set_pmu(part: ArmVcpuPart, _attr: int, ptr: Pointer) -> None:
     if wanted not in part.vm.options["pmu_ids"]:
         raise KvmError(errno.ENXIO, f"this host has no PMU {wanted}")
     shared = part.shared
-    if shared.has_run or (shared.pmu_filter and shared.pmu_id != wanted):
+    if shared.has_run or (shared.pmu_filter.bits is not None and shared.pmu_id != wanted):
         raise KvmError(errno.EBUSY, "a PMU is chosen before any vCPU has run and before any filter")
     shared.pmu_id = wanted
+    cpus = part.vm.options["pmu_cpus"].get(wanted)
+    shared.pmu_cpus = None if cpus is None else frozenset(cpus)
 
 
 def _set_pmu_other(part: ArmVcpuPart, attr: int, _ptr: Pointer) -> None:
@@ -156,20 +165,21 @@ def _set_steal(part: ArmVcpuPart, attr: int, ptr: Pointer) -> None:
     ipa = ptr.u64()
     if ipa % STOLEN_TIME_ALIGN:
         raise KvmError(errno.EINVAL, f"{ipa:#x} is not {STOLEN_TIME_ALIGN}-byte aligned")
-    if part.steal_base != INVALID_IPA:
-        raise KvmError(errno.EEXIST, f"the stolen-time structure is at {part.steal_base:#x} already")
-    if not part.vm.memory.is_backed(ipa):
-        raise KvmError(errno.EINVAL, f"{ipa:#x} is in no memory slot")
-    part.steal_base = ipa
+    stolen = part.vcpu.stolen
+    if stolen.base != INVALID_IPA:
+        raise KvmError(errno.EEXIST, f"the stolen-time structure is at {stolen.base:#x} already")
+    if not part.vm.memory.is_writable(ipa, STRUCTURE_SIZE):
+        raise KvmError(errno.EINVAL, f"{ipa:#x} is in no memory slot that can be written")
+    stolen.base = ipa
 
 
 def _get_steal(part: ArmVcpuPart, attr: int, ptr: Pointer) -> None:
     _check_steal(part, attr)
-    ptr.put_u64(part.steal_base)
+    ptr.put_u64(part.vcpu.stolen.base)
 
 
 _EFAULT, _EINVAL, _EEXIST, _ENXIO = errno.EFAULT, errno.EINVAL, errno.EEXIST, errno.ENXIO
-_EBUSY, _ENODEV = errno.EBUSY, errno.ENODEV
+_EBUSY, _ENODEV, _ENOMEM = errno.EBUSY, errno.ENODEV, errno.ENOMEM
 
 VCPU_ATTRIBUTES = AttrTable(
     (
@@ -202,7 +212,7 @@ VCPU_ATTRIBUTES = AttrTable(
                     type="struct",
                     set=_set_pmu_filter,
                     has=_has_pmu,
-                    errors=(_ENODEV, _EBUSY, _EFAULT, _EINVAL, _ENXIO),
+                    errors=(_ENODEV, _EBUSY, _EFAULT, _EINVAL, _ENOMEM, _ENXIO),
                 ),
                 Attr(
                     "vcpu.pmu.set-pmu",

@@ -1,6 +1,7 @@
-"""arm64 vCPU fds: KVM_ARM_VCPU_INIT, registers, power state. The attributes are in :mod:`fabric.kvm.arm64_attrs`.
+"""arm64 vCPU fds: KVM_ARM_VCPU_INIT, the first KVM_RUN, power state.
 
-Rules: api.arm-vcpu-init, api.get-one-reg, api.set-one-reg and vcpu.first-run of the interface inventory.
+Registers are in :mod:`fabric.kvm.arm64_regs`, attributes in :mod:`fabric.kvm.arm64_attrs`. Rules: api.arm-vcpu-init
+and vcpu.first-run of the interface inventory.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from functools import partial
 from sys import byteorder
 from typing import TYPE_CHECKING, ClassVar
 
-from fabric.clock.arch_timer import ArchTimers
+from fabric.clock.arch_timer import ArchTimer, ArchTimers
 from fabric.devices.attributes import AttrTable, Pointer
 from fabric.errors import KvmError
-from fabric.kvm.arm64_attrs import INVALID_IPA, VCPU_ATTRIBUTES, s32
+from fabric.kvm.arm64_attrs import VCPU_ATTRIBUTES, s32
+from fabric.kvm.arm64_regs import CORE_REGS_SIZE, EXCEPTION_STATE, PSTATE, get_reg, reg_list, set_reg
 from fabric.kvm.device_fd import attribute_table
 from fabric.kvm.dispatch import POINTER, Ioctl, Members
 from fabric.uapi import arm64 as arm
@@ -21,7 +23,10 @@ from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.uapi.usermem import UserPointer
 from fabric.vcpu.arm64 import DataAbort
+from fabric.vcpu.arm64_pmu import PmuCpu
+from fabric.vcpu.arm64_sysregs import MPIDR
 from fabric.vcpu.exits import MmioExit, NisvExit
+from fabric.vcpu.pmu import Pmu
 
 if TYPE_CHECKING:
     from fabric.devices.arm.vgic_irq import WiredIrq
@@ -34,9 +39,6 @@ AFFINITY_MASK = 0xFF_00FF_FFFF
 _PTRAUTH = (1 << arm.KVM_ARM_VCPU_PTRAUTH_ADDRESS) | (1 << arm.KVM_ARM_VCPU_PTRAUTH_GENERIC)
 _ALL_FEATURES = (1 << arm.KVM_VCPU_MAX_FEATURES) - 1
 
-CORE_REGS_SIZE = 864
-"""struct kvm_regs: user_pt_regs (x0-x30, sp, pc, pstate), sp_el1, elr_el1, spsr[5], padding, fp_regs."""
-
 
 class ArmVcpuPart:
     """What the KVM layer keeps for an arm64 vCPU, besides the vCPU itself."""
@@ -47,9 +49,9 @@ class ArmVcpuPart:
         "features",
         "pmu_created",
         "pmu_irq",
-        "steal_base",
+        "sve",
         "sve_finalized",
-        "sysregs",
+        "sve_vq",
         "timers_enabled",
         "vcpu",
         "vm",
@@ -64,13 +66,14 @@ class ArmVcpuPart:
         """Bits of KVM_ARM_VCPU_*."""
         self.pmu_irq: int | None = None
         self.pmu_created = False
-        self.steal_base = INVALID_IPA
+        self.sve: dict[int, bytes] = {}
+        """SVE registers by id; one that is not in it is 0."""
+        self.sve_vq: int = vm.options["sve_max_vq"]
+        """The longest vectors, in quadwords."""
         self.sve_finalized = False
         self.timers_enabled = False
         self.core = bytearray(CORE_REGS_SIZE)
         """struct kvm_regs. Kept for its owner; guest programs have no registers."""
-        self.sysregs: dict[int, int] = {}
-        """Register id to value, those that only userspace looks at."""
         self.events = arm.KvmVcpuEvents()
 
     @property
@@ -123,12 +126,22 @@ class ArmVcpuPart:
 
     def _reset(self) -> None:
         vcpu = self.vcpu
+        kept = self.core[EXCEPTION_STATE.start : EXCEPTION_STATE.stop]  # a reset leaves these alone, as 6.1 does
         self.core[:] = bytes(CORE_REGS_SIZE)
-        self.core[_PSTATE : _PSTATE + 8] = _PSTATE_RESET[self.has(arm.KVM_ARM_VCPU_EL1_32BIT)].to_bytes(8, byteorder)
+        self.core[EXCEPTION_STATE.start : EXCEPTION_STATE.stop] = kept
+        self.sve.clear()
+        self.core[PSTATE : PSTATE + 8] = _PSTATE_RESET[self.has(arm.KVM_ARM_VCPU_EL1_32BIT)].to_bytes(8, byteorder)
         self.events = arm.KvmVcpuEvents()
+        vcpu.features = frozenset(n for n in range(arm.KVM_VCPU_MAX_FEATURES) if self.has(n))
+        vcpu.sysregs.reset(vcpu.features)
         self.set_mpidr(arm.mpidr_for_vcpu_id(vcpu.vcpu_id))
         vcpu.timers.reset()
-        vcpu.features = frozenset(n for n in range(arm.KVM_VCPU_MAX_FEATURES) if self.has(n))
+        if vcpu.pmu is not None:
+            vcpu.pmu.reset()
+        elif self.has(arm.KVM_ARM_VCPU_PMU_V3):
+            shared = self.shared
+            pmu = Pmu(shared.counter.clock, shared.pmu_host, shared.pmu_filter, name=f"vcpu{vcpu.vcpu_id}")
+            vcpu.give_pmu(pmu, PmuCpu)
         vcpu.initialized = True
         vcpu.suspended = False
         vcpu.restart()
@@ -141,7 +154,7 @@ class ArmVcpuPart:
 
     def set_mpidr(self, value: int) -> None:
         """MPIDR_EL1, and with it the affinity by which the GIC knows the vCPU."""
-        self.sysregs[arm.KVM_REG_ARM_MPIDR_EL1] = value
+        self.vcpu.sysregs.state[MPIDR] = value
         self.vcpu.mpidr = value & AFFINITY_MASK
 
     def finalize(self, feature: int) -> None:
@@ -184,13 +197,13 @@ class ArmVcpuPart:
                 if _intids(other) != _intids(timers):
                     raise KvmError(errno.EINVAL, "the timer interrupts must be the same on all vCPUs")
             for timer, irq in lines:
-                timer.sink = partial(vgic.line_level, irq)
-                timer.level = irq.line  # as userspace restored it; the timer moves it from there when it is loaded
+                self._wire(timer, irq)
         self.timers_enabled = True
 
-    def check_pmu(self) -> None:
-        """KvmError(EINVAL) with a PMU that was not set up."""
-        if not self.has(arm.KVM_ARM_VCPU_PMU_V3):
+    def enable_pmu(self) -> None:
+        """Wire the PMU to its interrupt. KvmError(EINVAL) with a PMU that was not set up."""
+        pmu = self.vcpu.pmu
+        if pmu is None:
             return
         if not self.pmu_created:
             raise KvmError(errno.EINVAL, "the PMU was not initialised")
@@ -198,8 +211,24 @@ class ArmVcpuPart:
         if vgic is None:
             if self.pmu_irq is not None:
                 raise KvmError(errno.EINVAL, "the PMU has an interrupt, and the VM no in-kernel GIC")
+            pmu.sink = partial(self.vcpu.lines.device, arm.KVM_ARM_DEV_PMU)
         elif self.pmu_irq is None or not arm.VGIC_NR_SGIS <= self.pmu_irq < vgic.nr_irqs:
             raise KvmError(errno.EINVAL, f"this GIC does not have the PMU's interrupt {self.pmu_irq}")
+        else:
+            self._wire(pmu, self.claim(self.pmu_irq, self))
+        pmu.cpus = self.shared.pmu_cpus
+
+    def _wire(self, device: ArchTimer | Pmu, irq: WiredIrq) -> None:
+        """Have an interrupt follow the line of a device.
+
+        Where the device's registers were restored its line may be up already; that is the interrupt that userspace
+        restored in the GIC, and no other one.
+        """
+        vgic = self.vm.irqchip
+        device.sink = partial(vgic.line_level, irq)
+        if not irq.edge:
+            device.level = device.asserted
+            vgic.store_line(irq, device.level)
 
     def claim(self, intid: int, owner: object) -> WiredIrq:
         """Wire a PPI of this vCPU, or an SPI, to an in-kernel device.
@@ -223,58 +252,6 @@ class ArmVcpuPart:
         irq.owner = owner
         return irq
 
-    # -- KVM_GET/SET_ONE_REG
-
-    def reg_ids(self) -> list[int]:
-        """The registers that KVM_GET_ONE_REG reads: all that has to move with the vCPU."""
-        core = [arm.arm64_core_reg(at, size) for start, end, size in _CORE_PARTS for at in range(start, end, size)]
-        return [*core, *ArchTimers.ONE_REG_IDS, *sorted(self.sysregs)]
-
-    def get_reg(self, reg: int, ptr: Pointer) -> None:
-        """Store the register's value at ``ptr``. KvmError(ENOEXEC, EINVAL, ENOENT, EFAULT)."""
-        self._check_reg(reg)
-        if reg in ArchTimers.ONE_REG_IDS:
-            ptr.put_u64(self.vcpu.timers.get_one_reg(reg))
-        elif reg & arm.KVM_REG_ARM_COPROC_MASK == arm.KVM_REG_ARM_CORE:
-            at, size = core_reg(reg)
-            ptr.write(self.core[at : at + size])
-        else:
-            ptr.put_u64(self._sysreg(reg))
-
-    def set_reg(self, reg: int, ptr: Pointer) -> None:
-        """Take the register's value from ``ptr``. KvmError as for :meth:`get_reg`."""
-        self._check_reg(reg)
-        if reg in ArchTimers.ONE_REG_IDS:
-            self.vcpu.timers.set_one_reg(reg, ptr.u64())
-        elif reg & arm.KVM_REG_ARM_COPROC_MASK == arm.KVM_REG_ARM_CORE:
-            at, size = core_reg(reg)
-            value = ptr.read(size)
-            if at == _PSTATE:
-                self._check_mode(int.from_bytes(value, byteorder))
-            self.core[at : at + size] = value
-        else:
-            self._sysreg(reg)
-            self.set_mpidr(ptr.u64())
-
-    def _check_reg(self, reg: int) -> None:
-        self.check_initialized()
-        if (reg & ~uapi.KVM_REG_SIZE_MASK) >> 32 != uapi.KVM_REG_ARM64 >> 32:
-            raise KvmError(errno.EINVAL, f"{reg:#x} is no register id of arm64")
-
-    def _sysreg(self, reg: int) -> int:
-        value = self.sysregs.get(reg)
-        if value is None:
-            raise KvmError(errno.ENOENT, f"there is no register {reg:#x}")
-        return value
-
-    def _check_mode(self, pstate: int) -> None:
-        """EINVAL for a PSTATE whose mode the vCPU does not have."""
-        narrow = self.has(arm.KVM_ARM_VCPU_EL1_32BIT)
-        mode = pstate & 0x1F
-        allowed = _MODES_32 if narrow and pstate & 0x10 else () if narrow else _MODES_64
-        if mode not in allowed:
-            raise KvmError(errno.EINVAL, f"PSTATE {pstate:#x} has a mode that this vCPU does not have")
-
     # -- power
 
     @property
@@ -297,28 +274,8 @@ class ArmVcpuPart:
 
 _ESR_ISV = 1 << 24
 """The syndrome of an SError whose syndrome is not given: implementation defined."""
-_PSTATE = 264
 _PSTATE_RESET = (0x3C5, 0x1D3)
 """EL1h or, in AArch32, SVC; all exceptions masked."""
-_MODES_64 = (0x0, 0x4, 0x5)  # EL0t, EL1t, EL1h
-_MODES_32 = (0x10, 0x11, 0x12, 0x13, 0x17, 0x1B, 0x1F)  # user, FIQ, IRQ, supervisor, abort, undefined, system
-_CORE_PARTS = ((0, 328, 8), (336, 848, 16), (848, 856, 4))
-"""Where struct kvm_regs has members, and of which size."""
-
-
-def core_reg(reg: int) -> tuple[int, int]:
-    """Offset in struct kvm_regs and size of a core register.
-
-    Raises:
-        KvmError: ENOENT beyond the struct, EINVAL where no member of the id's size begins.
-    """
-    at, size = 4 * (reg & 0xFFFF), uapi.reg_size(reg)
-    if at + size // 4 * 4 >= CORE_REGS_SIZE:
-        raise KvmError(errno.ENOENT, f"core register {reg:#x} is beyond struct kvm_regs")
-    for start, end, member in _CORE_PARTS:
-        if start <= at < end and not (at - start) % member and size == member:
-            return at, size
-    raise KvmError(errno.EINVAL, f"no core register of {size} bytes is at offset {at}")
 
 
 def _intids(timers: ArchTimers) -> tuple[int, int]:
@@ -340,22 +297,22 @@ def _vcpu_finalize(file: VcpuFile, ptr: Pointer) -> None:
 def _get_one_reg(file: VcpuFile, ptr: Pointer) -> None:
     file.part.check_initialized()
     reg = uapi.KvmOneReg.unpack(ptr.read(uapi.KvmOneReg.SIZE))
-    file.part.get_reg(reg.id, UserPointer(file.kvm.user_memory, reg.addr))
+    get_reg(file.part, reg.id, UserPointer(file.kvm.user_memory, reg.addr))
 
 
 def _set_one_reg(file: VcpuFile, ptr: Pointer) -> None:
     file.part.check_initialized()
     reg = uapi.KvmOneReg.unpack(ptr.read(uapi.KvmOneReg.SIZE))
-    file.part.set_reg(reg.id, UserPointer(file.kvm.user_memory, reg.addr))
+    set_reg(file.part, reg.id, UserPointer(file.kvm.user_memory, reg.addr))
 
 
 def _get_reg_list(file: VcpuFile, ptr: Pointer) -> None:
     """KVM_GET_REG_LIST. KvmError(E2BIG) with the number there is when there is no room for all."""
     part: ArmVcpuPart = file.part
     part.check_initialized()
-    room = uapi.KvmRegList.unpack(ptr.read(uapi.KvmRegList.SIZE)).n
     part.check_finalized()
-    ids = part.reg_ids()
+    room = uapi.KvmRegList.unpack(ptr.read(uapi.KvmRegList.SIZE)).n
+    ids = reg_list(part)
     ptr.put_u64(len(ids))
     if room < len(ids):
         raise KvmError(errno.E2BIG, f"there are {len(ids)} registers, more than {room}")

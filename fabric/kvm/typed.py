@@ -14,6 +14,8 @@ have no method. A :class:`~fabric.kvm.real.RealKvm` may stand in for the simulat
 from __future__ import annotations
 
 import ctypes
+import errno
+import struct
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from sys import byteorder
 from typing import Any, Self
@@ -146,6 +148,19 @@ class VcpuFd(WithAttributes):
         """KVM_SET_ONE_REG."""
         self.host.values.put(value.to_bytes(uapi.reg_size(reg), byteorder))
         self.ioctl(requests.KVM_SET_ONE_REG, uapi.KvmOneReg(reg, self.host.values.addr))
+
+    def reg_list(self) -> list[int]:
+        """KVM_GET_REG_LIST: the ids of all registers."""
+        head = uapi.KvmRegList(0)
+        try:
+            self.ioctl(requests.KVM_GET_REG_LIST, buffer := bytearray(head.pack()))
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+        count = uapi.KvmRegList.unpack(buffer).n
+        buffer = bytearray(buffer + bytes(8 * count))
+        self.ioctl(requests.KVM_GET_REG_LIST, buffer)
+        return list(struct.unpack(f"={count}Q", buffer[8:]))
 
     @property
     def mp_state(self) -> int:

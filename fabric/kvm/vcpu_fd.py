@@ -16,7 +16,7 @@ from fabric.uapi import ioctl as requests
 
 
 def idle(file: VcpuFile) -> None:
-    """What each call on a vCPU fd asks for first: that no KVM_RUN is under way."""
+    """What each call on a vCPU fd asks for first: that no KVM_RUN is under way (api.all.vcpu-busy)."""
     if file.vcpu.running:
         raise KvmError(errno.EINTR, f"vCPU {file.vcpu.vcpu_id} is inside KVM_RUN, and this call does not wait")
 

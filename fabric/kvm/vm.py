@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.channel import Channel, Doorbell, LineLevel, Msi
 from fabric.errors import KvmError
+from fabric.kvm.dirty_ring import DirtyRing, DirtyRings
 from fabric.kvm.dispatch import Handlers
 from fabric.kvm.fds import VmPart
 from fabric.kvm.ioeventfd import Doorbells
@@ -24,7 +25,8 @@ from fabric.kvm.irqfd import Irqfds
 from fabric.kvm.routing import RoutingTable
 from fabric.memory import AddressSpace, GuestMemory
 from fabric.trace.ledger import Ledger
-from fabric.uapi.kvm import KVM_RUN_IMMEDIATE_EXIT
+from fabric.uapi.kvm import KVM_DIRTY_LOG_PAGE_OFFSET, KVM_EXIT_DIRTY_RING_FULL, KVM_RUN_IMMEDIATE_EXIT, PAGE_SIZE
+from fabric.vcpu.exits import set_exit_reason
 
 if TYPE_CHECKING:
     from fabric.clock import Engine
@@ -74,6 +76,7 @@ class Vm:
         "options",
         "part",
         "pio",
+        "rings",
         "routing",
     )
 
@@ -96,6 +99,8 @@ class Vm:
         self.its_list: list[Any] = []
         self.devices: list[Any] = []
         self.enabled: set[int] = set()
+        self.rings: DirtyRings | None = None
+        """In the place of dirty bitmaps, once KVM_CAP_DIRTY_LOG_RING is enabled."""
         self.dead = False
         self._vcpus: list[Vcpu] = []
         self._files: list[VmPart] = []
@@ -239,7 +244,7 @@ class VmFile(VmPart):
 
     @property
     def unknown_request(self) -> int:  # type: ignore[override]
-        """ENOTTY, and on arm64 EINVAL."""
+        """ENOTTY, and on arm64 EINVAL (api.all.unknown-vm)."""
         return self.kvm.arch.unknown_request
 
 
@@ -265,11 +270,25 @@ class VcpuFile(VmPart):
 
     async def run(self) -> int:
         """KVM_RUN after its first-run checks."""
+        rings = self.vm.rings
         try:
-            return await self.vcpu.run()
+            if rings is None:
+                return await self.vcpu.run()
+            return await self._run_with(rings.of(self.vcpu))
         finally:
             if self.closing:
                 self.close()
+
+    async def _run_with(self, ring: DirtyRing) -> int:
+        """Leave, or do not enter, the guest when the dirty ring is full."""
+        if not ring.full or self.immediate_exit:
+            try:
+                return await self.vcpu.run()
+            except KvmError as error:
+                if error.errno != errno.EINTR or not ring.full or self.immediate_exit:
+                    raise
+        set_exit_reason(self.vcpu.run_view, KVM_EXIT_DIRTY_RING_FULL)
+        return 0
 
     @property
     def unknown_request(self) -> int:  # type: ignore[override]
@@ -282,8 +301,11 @@ class VcpuFile(VmPart):
         return bool(self.vcpu.run_area[KVM_RUN_IMMEDIATE_EXIT])
 
     def mmap(self, length: int, offset: int) -> memoryview:
-        """The run area from ``offset``, a whole page, for ``length`` bytes of it."""
+        """The run area from ``offset``, a whole page, for ``length`` bytes of it; further on the dirty ring."""
         view = self.vcpu.run_view
+        ring_at = KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE
+        if self.vm.rings is not None and offset >= ring_at:
+            view, offset = self.vm.rings.of(self.vcpu).area, offset - ring_at
         if offset & 0xFFF or not 0 < length <= len(view) - offset:
             raise KvmError(
                 errno.EINVAL,
@@ -293,7 +315,7 @@ class VcpuFile(VmPart):
 
 
 class DeviceFile(VmPart):
-    """A device fd."""
+    """A device fd. What it does not know is ENOTTY, and to map it ENODEV (api.all.unknown-device)."""
 
     __slots__ = ("device",)
 
@@ -312,6 +334,7 @@ class DeviceFile(VmPart):
 
 
 def _dead(file: VmPart, _arg: Any) -> int:
+    """EIO, whatever is asked (api.all.eio). A caller in another process, which gets it too, does not exist here."""
     raise KvmError(errno.EIO, f"{file.vm.name} is dead: it failed before and cannot be used any more")
 
 

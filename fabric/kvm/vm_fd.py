@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 
 from fabric.errors import KvmError
+from fabric.kvm.dirty_ring import DirtyRings
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Members, Pointer
 from fabric.kvm.routing import RoutingTable
-from fabric.kvm.vm import CCW_BUS, MMIO_BUS, PIO_BUS, DeviceFile, VcpuFile, VmFile
+from fabric.kvm.vm import CCW_BUS, MMIO_BUS, PIO_BUS, DeviceFile, VcpuFile, Vm, VmFile
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 
@@ -21,6 +22,7 @@ _IOEVENTFD_FLAGS = (
     | uapi.KVM_IOEVENTFD_FLAG_DEASSIGN
     | uapi.KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY
 )
+_DIRTY_RINGS = (uapi.KVM_CAP_DIRTY_LOG_RING, uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL)
 
 
 def check_extension(file: VmFile, cap: int) -> int:
@@ -51,16 +53,31 @@ def set_user_memory_region(file: VmFile, region: uapi.KvmUserspaceMemoryRegion) 
     file.vm.memory.set_region(region)
 
 
+def _check_bitmaps(vm: Vm) -> None:
+    """ENXIO when the VM has dirty rings."""
+    if vm.rings is not None:
+        raise KvmError(errno.ENXIO, "the VM has dirty rings and no dirty bitmaps")
+
+
 def get_dirty_log(file: VmFile, slot: int, _pad: int, address: int) -> None:
     """KVM_GET_DIRTY_LOG."""
+    _check_bitmaps(file.vm)
     bitmap = file.vm.memory.dirty_log(slot)
     file.kvm.user_memory.write(address, bitmap)
 
 
 def clear_dirty_log(file: VmFile, slot: int, num_pages: int, first_page: int, address: int) -> None:
     """KVM_CLEAR_DIRTY_LOG."""
+    _check_bitmaps(file.vm)
     read = file.kvm.user_memory.read
     file.vm.memory.clear_dirty_log(slot, first_page, num_pages, lambda size: read(address, size))
+
+
+def reset_dirty_rings(file: VmFile, _arg: int) -> int:
+    """KVM_RESET_DIRTY_RINGS: the number of entries taken back."""
+    if file.vm.rings is None:
+        raise KvmError(errno.EINVAL, "the VM has no dirty rings")
+    return file.vm.rings.reset()
 
 
 def enable_cap(file: VmFile, cap: uapi.KvmEnableCap) -> None:
@@ -75,6 +92,11 @@ def enable_cap(file: VmFile, cap: uapi.KvmEnableCap) -> None:
         if options & ~allowed:
             raise KvmError(errno.EINVAL, f"options of the dirty log must be in {allowed:#x}, not {options:#x}")
         file.vm.memory.log_options = options
+        return
+    if cap.cap in _DIRTY_RINGS and file.vm.arch.capability(cap.cap, file.vm):
+        if file.vm.rings is not None:
+            raise KvmError(errno.EINVAL, "the VM has dirty rings already")
+        file.vm.rings = DirtyRings(file.vm, cap.args[0])
         return
     if cap.cap == uapi.KVM_CAP_HALT_POLL and not cap.args[0] >> 32:
         return  # how long the host polls is not modelled
@@ -157,6 +179,7 @@ TABLE = (
     ),
     Ioctl(requests.KVM_GET_DIRTY_LOG, Members(uapi.KvmDirtyLog), get_dirty_log, "api.get-dirty-log"),
     Ioctl(requests.KVM_CLEAR_DIRTY_LOG, Members(uapi.KvmClearDirtyLog), clear_dirty_log),
+    Ioctl(requests.KVM_RESET_DIRTY_RINGS, VALUE, reset_dirty_rings),
     Ioctl(requests.KVM_ENABLE_CAP, uapi.KvmEnableCap, enable_cap, "api.enable-cap"),
     Ioctl(requests.KVM_CREATE_DEVICE, POINTER, create_device, "api.create-device"),
     Ioctl(requests.KVM_SET_GSI_ROUTING, POINTER, set_gsi_routing, "api.set-gsi-routing"),

@@ -14,26 +14,36 @@ from fabric.report.text import table
 _HEAD = ("spec id", "implemented", "tests")
 _SUMMARY = ("interface", "ids", "covered", "holes")
 _HOLE = "HOLE"
+_TESTS_WIDTH = 30
+"""Columns that are worth a table: less would not show which test it is."""
 
 
 def render(coverage: Coverage, *, holes_only: bool = False) -> str:
     """The whole report as plain text."""
-    blocks = [table([_HEAD[0], *_HEAD[1:]], rows, left=3) for _, rows in _tables(coverage, holes_only)]
+    blocks = [table(_HEAD, rows, left=3) for _, rows in _tables(coverage, holes_only)]
     return "\n\n".join([*blocks, table(_SUMMARY, _summary(coverage))])
 
 
 def show(coverage: Coverage, *, holes_only: bool = False) -> None:
-    """The same on a terminal."""
+    """The same on a terminal; on one that is too narrow for a table as plain lines."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    for interface, rows in _tables(coverage, holes_only):
-        grid = Table(title=interface, title_justify="left", box=None, pad_edge=False)
-        for head in _HEAD:
-            grid.add_column(head, overflow="fold")
-        for row in rows:
-            grid.add_row(*row, style="bold red" if row[-1] == _HOLE else None)
+    tables = list(_tables(coverage, holes_only))
+    widest = max((len(row[0]) + len(row[1]) for _, rows in tables for row in rows), default=0)
+    if widest + _TESTS_WIDTH > console.width:
+        print(render(coverage, holes_only=holes_only))
+        return
+    for interface, rows in tables:
+        grid = Table(title=interface, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        # Ids and places are searched for and copied: where there is no room the tests are cut short.
+        for column, head in enumerate(_HEAD[:-1]):
+            grid.add_column(head, no_wrap=True, min_width=max(len(row[column]) for row in rows))
+        grid.add_column(_HEAD[-1], no_wrap=True, overflow="ellipsis")
+        for *cells, tests in rows:
+            grid.add_row(*cells, f"[bold red]{tests}" if tests == _HOLE else escape(tests))
         console.print(grid, "")
     grid = Table(box=None, pad_edge=False)
     grid.add_column(_SUMMARY[0])

@@ -141,6 +141,18 @@ class Ledger:
         self.handed_over = gone = statement.pending - left_behind
         self._final = attrs.evolve(statement, raised=statement.raised - gone, pending=left_behind)
 
+    def take_over(self, pending: int, reason: str) -> None:
+        """The account of a restored VM begins: ``pending`` interrupts were handed over to it.
+
+        Those of them that are not pending in it were lost on the way, for ``reason``; LedgerError when there are more.
+        """
+        found = sum(probe() for probe in self._pending)
+        if found > pending:
+            raise LedgerError(f"{pending} interrupts were handed over, and {found} are pending where they came to")
+        self.raised = pending
+        self.delivered = self.coalesced = 0
+        self.dropped = {reason: pending - found} if found < pending else {}
+
     def take_back(self) -> None:
         """The guests are in this VM again. Without a :meth:`hand_over` before: nothing."""
         self.handed_over = 0

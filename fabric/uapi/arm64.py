@@ -10,7 +10,13 @@ from __future__ import annotations
 from typing import Annotated, Final
 
 from fabric.uapi.codec import Array, Bits, CStruct, Word, cstruct, u8, u16, u32, u64, word
-from fabric.uapi.kvm import KVM_REG_ARM64, KVM_REG_SIZE_U64
+from fabric.uapi.kvm import (
+    KVM_REG_ARM64,
+    KVM_REG_SIZE_U64,
+    KVM_REG_SIZE_U256,
+    KVM_REG_SIZE_U512,
+    KVM_REG_SIZE_U2048,
+)
 
 # KVM_CREATE_VM
 KVM_VM_TYPE_ARM_IPA_SIZE_MASK: Final = 0xFF
@@ -134,6 +140,8 @@ KVM_ARM_VCPU_PVTIME_CTRL: Final = 2
 KVM_ARM_VCPU_PVTIME_IPA: Final = 0
 ARM_SMCCC_HV_PV_TIME_FEATURES: Final = 0xC500_0020
 ARM_SMCCC_HV_PV_TIME_ST: Final = 0xC500_0021
+KVM_EXIT_FAIL_ENTRY_CPU_UNSUPPORTED: Final = 1
+"""Why KVM_EXIT_FAIL_ENTRY: the vCPU's PMU is not one of the physical CPU that it came to."""
 
 # Device interrupt lines in kvm_run (a GIC in userspace)
 KVM_ARM_DEV_EL1_VTIMER: Final = 1
@@ -143,8 +151,11 @@ KVM_ARM_DEV_PMU: Final = 4
 # Register ids
 KVM_REG_ARM_COPROC_MASK: Final = 0x0FFF_0000
 KVM_REG_ARM_CORE: Final = 0x0010_0000
+KVM_REG_ARM_DEMUX: Final = 0x0011_0000
 KVM_REG_ARM64_SYSREG: Final = 0x0013_0000
 KVM_REG_ARM_FW: Final = 0x0014_0000
+KVM_REG_ARM64_SVE: Final = 0x0015_0000
+KVM_REG_ARM_FW_FEAT_BMAP: Final = 0x0016_0000
 
 
 def arm64_sys_reg(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
@@ -167,6 +178,26 @@ KVM_REG_ARM_TIMER_CVAL: Final = arm64_sys_reg(3, 3, 14, 0, 2)
 KVM_REG_ARM_PTIMER_CTL: Final = arm64_sys_reg(3, 3, 14, 2, 1)
 KVM_REG_ARM_PTIMER_CVAL: Final = arm64_sys_reg(3, 3, 14, 2, 2)
 KVM_REG_ARM_PTIMER_CNT: Final = arm64_sys_reg(3, 3, 14, 0, 1)
+
+
+# Firmware registers: the PSCI version, what is told of CPU bugs, and bitmaps of the services of hypercalls
+KVM_REG_ARM_PSCI_VERSION: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW | 0
+KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_1: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW | 1
+KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_2: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW | 2
+KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_3: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW | 3
+KVM_REG_ARM_STD_BMAP: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW_FEAT_BMAP | 0
+KVM_REG_ARM_STD_HYP_BMAP: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW_FEAT_BMAP | 1
+KVM_REG_ARM_VENDOR_HYP_BMAP: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW_FEAT_BMAP | 2
+KVM_REG_ARM_STD_BIT_TRNG_V1_0: Final = 1 << 0
+KVM_REG_ARM_STD_HYP_BIT_PV_TIME: Final = 1 << 0
+KVM_REG_ARM_VENDOR_HYP_BIT_FUNC_FEAT: Final = 1 << 0
+KVM_REG_ARM_VENDOR_HYP_BIT_PTP: Final = 1 << 1
+
+# SVE registers, in slices of which there is one each: Z0-Z31, P0-P15, FFR; and the vector lengths as a bitmap
+KVM_REG_ARM64_SVE_ZREG_BASE: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U2048 | KVM_REG_ARM64_SVE
+KVM_REG_ARM64_SVE_PREG_BASE: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U256 | KVM_REG_ARM64_SVE | 0x400
+KVM_REG_ARM64_SVE_FFR_BASE: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U256 | KVM_REG_ARM64_SVE | 0x600
+KVM_REG_ARM64_SVE_VLS: Final = KVM_REG_ARM64 | KVM_REG_SIZE_U512 | KVM_REG_ARM64_SVE | 0xFFFF
 
 
 @cstruct

@@ -196,6 +196,10 @@ KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
 """Most pages of one slot (kernel-internal, but it decides an errno)."""
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: Final = 1
 KVM_DIRTY_LOG_INITIALLY_SET: Final = 2
+KVM_DIRTY_LOG_PAGE_OFFSET: Final = 64
+"""The page of a vCPU's fd where its dirty ring begins."""
+KVM_DIRTY_GFN_F_DIRTY: Final = 1
+KVM_DIRTY_GFN_F_RESET: Final = 2
 
 # Interrupt routing
 KVM_IRQ_ROUTING_IRQCHIP: Final = 1
@@ -239,6 +243,9 @@ KVM_REG_SIZE_U16: Final = 0x0010_0000_0000_0000
 KVM_REG_SIZE_U32: Final = 0x0020_0000_0000_0000
 KVM_REG_SIZE_U64: Final = 0x0030_0000_0000_0000
 KVM_REG_SIZE_U128: Final = 0x0040_0000_0000_0000
+KVM_REG_SIZE_U256: Final = 0x0050_0000_0000_0000
+KVM_REG_SIZE_U512: Final = 0x0060_0000_0000_0000
+KVM_REG_SIZE_U2048: Final = 0x0080_0000_0000_0000
 
 
 def reg_size(reg_id: int) -> int:
@@ -382,6 +389,15 @@ class KvmDirtyLog(CStruct):
 
 
 @cstruct
+class KvmDirtyGfn(CStruct):
+    """An entry of a dirty ring; ``slot`` has the address space in its upper half, ``offset`` counts pages."""
+
+    flags: u32 = 0
+    slot: u32 = 0
+    offset: u64 = 0
+
+
+@cstruct
 class KvmClearDirtyLog(CStruct):
     """KVM_CLEAR_DIRTY_LOG; ``dirty_bitmap`` is a user address."""
 
@@ -426,6 +442,13 @@ class KvmOneReg(CStruct):
 
     id: u64 = 0
     addr: u64 = 0
+
+
+@cstruct
+class KvmRegList(CStruct):
+    """Head of KVM_GET_REG_LIST; ``n`` ids of 64 bits follow."""
+
+    n: u64 = 0
 
 
 @cstruct

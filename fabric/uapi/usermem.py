@@ -90,6 +90,13 @@ class SparseMemory:
                 del self._pages[page]
         del self._starts[index], self._ends[index]
 
+    def written(self, addr: int, length: int) -> list[int]:
+        """Addresses of the pages in a range that were written to, ascending; all others read as zero."""
+        first, last = addr >> PAGE_SHIFT, addr + length + PAGE_MASK >> PAGE_SHIFT
+        if last - first < len(self._pages):
+            return [page << PAGE_SHIFT for page in range(first, last) if page in self._pages]
+        return [page << PAGE_SHIFT for page in sorted(self._pages) if first <= page < last]
+
     @property
     def resident(self) -> int:
         """Bytes held for pages that were written to."""

@@ -1,24 +1,24 @@
-"""The arm64 vCPU: system registers, PSCI, the generic timers.
+"""The arm64 vCPU: system registers, hypercalls, the generic timers, stolen time.
 
-System registers go by their Arm names: the ICC_* CPU interface of the GIC, ISR_EL1, MPIDR_EL1, the timers
-(CNT*_EL0) and DAIF. Hypercalls are PSCI (Arm DEN 0022): a vCPU turns others on and off, and ends the machine.
+System registers go by their Arm names: the ICC_* CPU interface of the GIC, ISR_EL1, the timers (CNT*_EL0), DAIF, and
+those of :mod:`fabric.vcpu.arm64_sysregs`. Hypercalls are in :mod:`fabric.vcpu.smccc`: PSCI, with which a vCPU turns
+others on and off and ends the machine, stolen time, and KVM's own.
 """
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fabric.clock.arch_timer import ArchTimers
 from fabric.devices.arm.vgic_cpuif import ICC_READ, ICC_WRITE, VgicV3Cpu
-from fabric.uapi.kvm import (
-    KVM_CAP_ARM_NISV_TO_USER,
-    KVM_CAP_ARM_SYSTEM_SUSPEND,
-    KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN,
-    KVM_SYSTEM_EVENT_SUSPEND,
-)
+from fabric.uapi.kvm import KVM_CAP_ARM_NISV_TO_USER, KVM_SYSTEM_EVENT_SHUTDOWN
+from fabric.vcpu import smccc
+from fabric.vcpu.arm64_sysregs import BY_NAME, SystemRegisters
 from fabric.vcpu.cpu import Cpu
 from fabric.vcpu.exits import NisvExit, SystemEventExit
+from fabric.vcpu.pmu import GUEST_REGISTERS
+from fabric.vcpu.pvtime import INVALID_IPA, StolenTime
 from fabric.vcpu.user_gic import CpuLines
 from fabric.vcpu.vcpu import Vcpu
 
@@ -28,22 +28,8 @@ if TYPE_CHECKING:
     from fabric.clock.arch_timer import ArchCounter
     from fabric.clock.engine import Engine
     from fabric.devices.base import VmServices
+    from fabric.vcpu.pmu import Pmu
 
-PSCI_VERSION = 0x8400_0000
-PSCI_CPU_OFF = 0x8400_0002
-PSCI_CPU_ON = 0xC400_0003
-PSCI_AFFINITY_INFO = 0xC400_0004
-PSCI_SYSTEM_OFF = 0x8400_0008
-PSCI_SYSTEM_RESET = 0x8400_0009
-PSCI_SYSTEM_SUSPEND = 0xC400_000E
-
-PSCI_SUCCESS = 0
-PSCI_NOT_SUPPORTED = -1
-PSCI_INVALID_PARAMETERS = -2
-PSCI_ALREADY_ON = -4
-
-AFFINITY_MASK = 0xFF_00FF_FFFF
-"""Aff3..Aff0 of MPIDR_EL1."""
 DAIF_I = 1 << 1
 """The IRQ bit in the immediate of DAIFSet and DAIFClr."""
 PSTATE_I = 1 << 7
@@ -100,7 +86,7 @@ class Arm64Cpu(Cpu):
             self._icc_write = {n: ICC_WRITE[n] for n in ICC_WRITE if present and n not in self._write_costs}
 
     async def mrs(self, name: str) -> int:
-        """Read system register ``name``. ValueError for a name that is not modelled or not readable."""
+        """Read system register ``name``. ValueError for one that is not there or not readable."""
         try:
             read = self._icc_read[name]
         except KeyError:
@@ -108,9 +94,12 @@ class Arm64Cpu(Cpu):
         else:
             return read(self._interface)
         other = _READ.get(name)
-        if other is None:
-            raise ValueError(_unknown(name, "mrs", {**ICC_READ, **_READ}))
-        return other(self)
+        if other is not None:
+            return other(self)
+        try:
+            return self._vcpu.sysregs.read(name)
+        except KeyError:
+            raise ValueError(_unknown(name, "mrs")) from None
 
     async def msr(self, name: str, value: int) -> None:
         """Write system register ``name``; DAIFSet and DAIFClr take their immediate."""
@@ -126,9 +115,13 @@ class Arm64Cpu(Cpu):
             ICC_WRITE[name](self._interface, value)
             return
         other = _WRITE.get(name)
-        if other is None:
-            raise ValueError(_unknown(name, "msr", {**ICC_WRITE, **_WRITE}))
-        other(self, value)
+        if other is not None:
+            other(self, value)
+            return
+        try:
+            self._vcpu.sysregs.write(name, value)
+        except KeyError:
+            raise ValueError(_unknown(name, "msr")) from None
 
     def _priced_eoir1(self, intid: int) -> None:
         self._interface.eoir1(intid)
@@ -164,29 +157,43 @@ class Arm64Cpu(Cpu):
         await self._leave(NisvExit(gpa, iss, KVM_CAP_ARM_NISV_TO_USER in self._vcpu.vm.enabled))
 
     async def hvc(self, function: int, *args: int) -> int:
-        """A hypercall: PSCI function and arguments (x0 first); the result, negative for an error."""
+        """A hypercall: function and up to three arguments (x0 first); x0 of the answer, negative for an error."""
+        return (await self.smccc(function, *args))[0]
+
+    async def smccc(self, function: int, *args: int) -> smccc.Words:
+        """A hypercall, with all of its answer: x0 to x3. The functions are those of :mod:`fabric.vcpu.smccc`."""
         if self._vcpu.costs.exit_ns:
             await self._spend(self._vcpu.costs.exit_ns)
-        if function in (PSCI_SYSTEM_OFF, PSCI_SYSTEM_RESET):
-            event = KVM_SYSTEM_EVENT_SHUTDOWN if function == PSCI_SYSTEM_OFF else KVM_SYSTEM_EVENT_RESET
-            return int(await self._leave(SystemEventExit(event)))
-        if function == PSCI_SYSTEM_SUSPEND and KVM_CAP_ARM_SYSTEM_SUSPEND in self._vcpu.vm.enabled:
-            return int(await self._leave(SystemEventExit(KVM_SYSTEM_EVENT_SUSPEND)))
-        return self._vcpu.psci(function, args)
+        return await smccc.call(self, function, args)
 
     async def system_off(self) -> None:
-        """PSCI SYSTEM_OFF: the VMM gets KVM_EXIT_SYSTEM_EVENT."""
-        await self.hvc(PSCI_SYSTEM_OFF)
+        """The machine is turned off, as by PSCI SYSTEM_OFF: the VMM gets KVM_EXIT_SYSTEM_EVENT."""
+        if self._vcpu.costs.exit_ns:
+            await self._spend(self._vcpu.costs.exit_ns)
+        await self._leave(SystemEventExit(KVM_SYSTEM_EVENT_SHUTDOWN))
 
 
 class Arm64Vcpu(Vcpu):
-    """An arm64 vCPU: affinity, features and timers besides what every vCPU has."""
+    """An arm64 vCPU: features, registers, timers and PMU besides what every vCPU has.
 
-    __slots__ = ("features", "lines", "timers")
+    Args:
+      vm, vcpu_id, index, engine: as for :class:`~fabric.vcpu.vcpu.Vcpu`.
+      counter, host, firmware: what it has in common with the VM's other vCPUs: the counter, the host's ID registers
+        by encoding, and what hypercalls find.
+    """
 
-    cpu_class = Arm64Cpu
+    __slots__ = ("_cpu_class", "features", "firmware", "lines", "pmu", "stolen", "sysregs", "timers")
 
-    def __init__(self, vm: VmServices, vcpu_id: int, index: int, engine: Engine | None, counter: ArchCounter) -> None:
+    def __init__(
+        self,
+        vm: VmServices,
+        vcpu_id: int,
+        index: int,
+        engine: Engine | None,
+        counter: ArchCounter,
+        host: dict[int, int],
+        firmware: smccc.Firmware,
+    ) -> None:
         super().__init__(vm, vcpu_id, index, engine)
         self.initialized = False
         self.features: frozenset[int] = frozenset()
@@ -194,17 +201,45 @@ class Arm64Vcpu(Vcpu):
         self.timers = ArchTimers(counter, name=f"vcpu{vcpu_id}")
         self.lines = CpuLines(self)
         """In use without an in-kernel GIC."""
+        self.sysregs = SystemRegisters(host)
+        self.firmware = firmware
+        self.stolen = StolenTime()
+        self.pmu: Pmu | None = None
+        """With KVM_ARM_VCPU_PMU_V3, see :meth:`give_pmu`."""
+        self._cpu_class: type[Cpu] = Arm64Cpu
+
+    @property
+    def cpu_class(self) -> type[Cpu]:  # type: ignore[override]
+        """What its guest runs on; a guest that counts needs another class than one that does not."""
+        return self._cpu_class
+
+    def give_pmu(self, pmu: Pmu, cpu_class: type[Cpu]) -> None:
+        """Have a PMU, and guests run on a CPU that feeds it."""
+        self.pmu = pmu
+        self._cpu_class = cpu_class
+
+    def stole(self, ns: int) -> None:
+        """As the base class; the guest learns of it in its memory."""
+        super().stole(ns)
+        if self.stolen.base != INVALID_IPA:
+            self.stolen.update(self.vm.memory, self.stolen_ns)
 
     def entering(self) -> None:
-        """The interrupt controller's CPU interface and the timers go onto the CPU."""
+        """Registers, CPU interface, timers and PMU go onto the CPU."""
+        self.sysregs.load()
         if self.cpu_interface is not None:
             self.cpu_interface.load()
         self.timers.load()
+        if self.pmu is not None:
+            self.pmu.load()
+        if self.stolen.base != INVALID_IPA:
+            self.stolen.update(self.vm.memory, self.stolen_ns)
         if self.cpu_interface is None:
             self.lines.check()
 
     def touch_hardware(self) -> None:
-        """The CPU interface and the timers are loaded and stored again; a timer that is due raises its line."""
+        """Registers, CPU interface and timers are loaded and stored again; a timer that is due raises its line."""
+        self.sysregs.load()
         if self.cpu_interface is not None:
             self.cpu_interface.touch_hardware()
         self.timers.load()
@@ -213,29 +248,10 @@ class Arm64Vcpu(Vcpu):
     def leaving(self) -> None:
         """The lines stand still until the next KVM_RUN."""
         self.timers.put()
+        if self.pmu is not None:
+            self.pmu.put()
         if self.cpu_interface is None:
             self.lines.tell()
-
-    def psci(self, function: int, args: tuple[int, ...]) -> int:
-        """PSCI functions that concern vCPUs."""
-        if function == PSCI_VERSION:
-            return 1 << 16
-        if function == PSCI_CPU_OFF:
-            raise ValueError("PSCI CPU_OFF: return from the program instead")
-        if function not in (PSCI_CPU_ON, PSCI_AFFINITY_INFO):
-            return PSCI_NOT_SUPPORTED
-        target: Any = None
-        for vcpu in self.vm.vcpus:
-            if args and vcpu.mpidr & AFFINITY_MASK == args[0] & AFFINITY_MASK:
-                target = vcpu
-        if target is None:
-            return PSCI_INVALID_PARAMETERS
-        if function == PSCI_AFFINITY_INFO:
-            return int(target.powered_off)
-        if not target.powered_off:
-            return PSCI_ALREADY_ON
-        target.power_on()
-        return PSCI_SUCCESS
 
 
 def _read_daif(cpu: Arm64Cpu) -> int:
@@ -270,9 +286,9 @@ def _timer_write(name: str) -> Callable[[Arm64Cpu, int], None]:
 
 
 _READ: dict[str, Callable[[Arm64Cpu], int]] = {
-    "MPIDR_EL1": lambda cpu: cpu._vcpu.mpidr,
     "DAIF": _read_daif,
     "ISR_EL1": lambda cpu: cpu._vcpu.lines.isr(),
+    "PMMIR_EL1": lambda cpu: 0,
     **{name: _timer_read(name) for name in ArchTimers.READ},
 }
 
@@ -284,7 +300,10 @@ _WRITE: dict[str, Callable[[Arm64Cpu, int], None]] = {
 }
 
 
-def _unknown(name: str, instruction: str, known: dict[str, Any]) -> str:
+def _unknown(name: str, instruction: str) -> str:
     if name in ICC_READ or name in ICC_WRITE:
         return f"{instruction} of {name}: it cannot be accessed so, or the VM has no GICv3"
-    return f"{instruction} of {name!r}: must be one of {', '.join(sorted(known))}"
+    if name in BY_NAME or name in _READ or name in _WRITE or name in GUEST_REGISTERS:
+        return f"{instruction} of {name}: it cannot be accessed so, or the vCPU does not have it"
+    near = get_close_matches(name, [*ICC_READ, *ICC_WRITE, *_READ, *_WRITE, *GUEST_REGISTERS, *BY_NAME], n=3)
+    return f"{instruction} of {name!r}: there is no such register" + (f", but {', '.join(near)}" if near else "")

@@ -88,7 +88,7 @@ class Host:
             task.waits = vcpu.steal_wait
             self.waiting.append((vcpu, task))
             yield
-            vcpu.stolen_ns += engine.now - since - vcpu.absent_ns
+            vcpu.stole(engine.now - since - vcpu.absent_ns)
         pcpu = vcpu.pcpu
         if pcpu is None:
             return

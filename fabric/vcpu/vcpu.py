@@ -252,6 +252,10 @@ class Vcpu(_HotFields):
         self.owed_ns += ns
         self.disturbed = True
 
+    def stole(self, ns: int) -> None:
+        """It was ready to run for ``ns`` and had no physical CPU."""
+        self.stolen_ns += ns
+
     def forget(self, task: Hosted) -> None:
         """The task of a KVM_RUN that blocks in the guest was cancelled."""
         self.wakeable = None
@@ -330,6 +334,11 @@ class Vcpu(_HotFields):
         self._exit = left
         left.fill(self.run_view)
         return 0
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether what happens now is done by its guest, or for it."""
+        return self._task is not None and self.engine is not None and self._task is self.engine.current
 
     @property
     def exited(self) -> Exit | None:
@@ -436,12 +445,14 @@ class Vcpu(_HotFields):
     def _begin(self) -> None:
         """Start the program, or take over the guest that was loaded."""
         arrived, self._arrived = self._arrived, None
-        if arrived is not None and arrived.begun:
-            self._guest, self._cpu, self._completed = arrived.coroutine, arrived.cpu, arrived.result
-            self._cpu.bind(self)
-            self.abort, self.owed_ns = arrived.abort, arrived.owed_ns
+        if arrived is not None:
+            self.owed_ns = arrived.owed_ns
             self.disturbed = bool(self.owed_ns)
-            return
+            if arrived.begun:
+                self._guest, self._cpu = arrived.coroutine, arrived.cpu
+                self._completed, self.abort = arrived.result, arrived.abort
+                self._cpu.bind(self)
+                return
         if self._program is None:
             raise RuntimeError(f"vCPU {self.vcpu_id} has no program: call kvm.load(vcpu_fd, program) first")
         self._failed = None
@@ -458,7 +469,9 @@ class Vcpu(_HotFields):
 
 def _waits_for_its_cpu(guest: Any, cpu: type[Cpu]) -> bool:
     """Whether a guest that is blocked in the engine is so in a wait of its CPU (or of the CPU's wait for a host's)."""
-    waits = {cpu.compute.__code__, cpu.wait_for_interrupt.__code__, Host.acquire.__code__}
+    kinds = (Cpu, cpu)  # one that has a computation of its own may go on to that of its base
+    waits = {code for kind in kinds for code in (kind.compute.__code__, kind.wait_for_interrupt.__code__)}
+    waits.add(Host.acquire.__code__)
     place, inner = None, guest
     while inner is not None:
         place, outer = inner, place

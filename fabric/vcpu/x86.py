@@ -6,8 +6,9 @@ it computes or halts.
 
 **MP states.** An application processor begins UNINITIALIZED. KVM_RUN then waits for an INIT and returns EAGAIN, so
 that the VMM may do something about it (api.run.EAGAIN.wait-sipi); the next one waits for the SIPI (INIT_RECEIVED), at
-which the program begins. A program that returns is as one that halts with IF clear. Without local APICs in the kernel
-all vCPUs run, and the VMM keeps those back that are not to.
+which the program begins. A program that returns is as one that halts with IF clear. HALTED is the state of one that
+halts; a VMM may set it, and the vCPU then does nothing until something comes that would end a HLT. Without local APICs
+in the kernel all vCPUs run, and the VMM keeps those back that are not to.
 
 **NMIs** are in the ledger: raised when one comes, merged when more wait than can be kept, delivered when the guest
 takes one. Vectors that the VMM injects come from an interrupt controller of its own, and are not.
@@ -16,19 +17,20 @@ takes one. Vectors that the VMM injects come from an interrupt controller of its
 from __future__ import annotations
 
 import errno
+import types
 from collections import deque
 from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from fabric.devices.x86.lapic import BASE_BSP, BASE_ENABLE, BASE_X2APIC, DEFAULT_BASE, TPR
 from fabric.errors import KvmError
 from fabric.uapi.kvm import (
+    KVM_MP_STATE_AP_RESET_HOLD,
     KVM_MP_STATE_HALTED,
     KVM_MP_STATE_INIT_RECEIVED,
     KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_SIPI_RECEIVED,
     KVM_MP_STATE_UNINITIALIZED,
     KVM_RUN_CR8,
     KVM_RUN_READY_FOR_INTERRUPT_INJECTION,
@@ -41,6 +43,8 @@ from fabric.vcpu.x86_cpu import NMI_VECTOR, X86Cpu
 from fabric.vcpu.x86_exits import HLT
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from fabric.clock.engine import Engine
     from fabric.clock.tsc import GuestTsc
     from fabric.devices.base import VmServices
@@ -63,8 +67,8 @@ RUN_AREA_PAGES = 3
 """struct kvm_run, the data of port accesses, the ring of coalesced MMIO."""
 
 _BASE_RESERVED = 0xFF | 1 << 9 | 0xFFF << 52
-_STOPPED: Final = {KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED}
-"""MP states in which there is no program to run."""
+_HALTED: Final = {KVM_MP_STATE_HALTED, KVM_MP_STATE_AP_RESET_HOLD}
+"""MP states that an interrupt ends."""
 _TOLD: Final = Struct("<BBHQQ")
 """What KVM_RUN leaves from ready_for_interrupt_injection on: that, if_flag, flags, cr8, apic_base."""
 
@@ -100,6 +104,7 @@ class X86Vcpu(Vcpu):
         "events",
         "exception",
         "external_vector",
+        "has_returned",
         "hyperv",
         "init_pending",
         "interrupt_injected",
@@ -144,6 +149,8 @@ class X86Vcpu(Vcpu):
         self.cpuid: list[KvmCpuidEntry2] = []
         self.activity = KVM_MP_STATE_RUNNABLE
         """Its MP state."""
+        self.has_returned = False
+        """Its program has, so that there is nothing to go on with."""
         self.mp_state = KVM_MP_STATE_RUNNABLE if is_bsp else KVM_MP_STATE_UNINITIALIZED
         self.events = False
         """There is something for the guest to see to."""
@@ -202,7 +209,6 @@ class X86Vcpu(Vcpu):
             or self.triple_fault
             or exception.injected
             or exception.pending
-            or self.activity != KVM_MP_STATE_RUNNABLE
         ):
             self.note_event()
 
@@ -221,20 +227,42 @@ class X86Vcpu(Vcpu):
     async def _stay_off(self) -> Exit | None:
         if self.cpu_interface is None:
             return HLT  # the program has returned
-        assert self._power is not None
         if self.activity == KVM_MP_STATE_RUNNABLE:
             self.activity = KVM_MP_STATE_HALTED  # likewise
+            self.has_returned = True
         while self.powered_off:
             if self.interrupted:
                 self._eintr()
-            if not (self.init_pending or self.sipi_pending):
-                await self._power.wait()
-                continue
-            fresh = self.activity == KVM_MP_STATE_UNINITIALIZED
-            self.accept_events()
-            if fresh:
-                raise KvmError(errno.EAGAIN, f"vCPU {self.vcpu_id} has got an INIT and waits for its SIPI")
+            if self.init_pending or self.sipi_pending:
+                fresh = self.activity == KVM_MP_STATE_UNINITIALIZED
+                self.accept_events()
+                if fresh:
+                    raise KvmError(errno.EAGAIN, f"vCPU {self.vcpu_id} has got an INIT and waits for its SIPI")
+            elif self._wakes:
+                self.mp_state = KVM_MP_STATE_RUNNABLE
+            else:
+                await self._any_event()
         return None
+
+    @types.coroutine
+    def _any_event(self) -> Generator[Any, Any, None]:
+        """Wait for an interrupt, or for something else that comes."""
+        assert self.engine is not None
+        task: Any = self.engine.current
+        task.waits = self
+        self.wakeable = task
+        yield
+        self.wakeable = None
+
+    @property
+    def _wakes(self) -> bool:
+        """There is something that ends the halt in which the VMM has put it."""
+        if self.activity not in _HALTED or self.has_returned:
+            return False
+        nmi = self.nmi_injected or (self._count_nmis() > 0 and not self.nmi_masked)
+        smi = self.smi_pending and not self.smm
+        exception = self.exception.injected or self.exception.pending
+        return nmi or smi or exception or self.unhalted or (self.cpu_interface.line and self.interrupt_flag)
 
     def note_event(self) -> None:
         """There is something for the guest to see to before it goes on."""
@@ -260,19 +288,28 @@ class X86Vcpu(Vcpu):
 
     @mp_state.setter
     def mp_state(self, state: int) -> None:
-        has_returned = self.powered_off and self.activity == KVM_MP_STATE_HALTED
-        self.activity = state
-        if state in _STOPPED:
-            self.powered_off = True
-        elif not (has_returned and state == KVM_MP_STATE_HALTED):
+        before, self.activity = self.activity, state
+        if state in _HALTED and before in _HALTED:
+            return  # by a HLT of its own, or by the end of its program
+        self.has_returned = False
+        if state == KVM_MP_STATE_RUNNABLE:
             self.power_on()
+        else:
+            self.powered_off = True
 
     # -- registers
 
     @property
     def interrupt_flag(self) -> bool:
         """IF."""
-        return bool(self._regs.rflags & RFLAGS_IF) if self._cpu is None else not self._cpu.masked
+        cpu = self._guest_cpu
+        return bool(self._regs.rflags & RFLAGS_IF) if cpu is None else not cpu.masked
+
+    @property
+    def _guest_cpu(self) -> X86Cpu | None:
+        """What the guest knows it as, if it has begun, here or elsewhere."""
+        cpu: X86Cpu | None = self._cpu if self._arrived is None else self._arrived.cpu
+        return cpu
 
     @property
     def regs(self) -> KvmRegs:
@@ -283,8 +320,9 @@ class X86Vcpu(Vcpu):
     @regs.setter
     def regs(self, regs: KvmRegs) -> None:
         self._regs = regs
-        if self._cpu is not None:
-            self._cpu.masked = not regs.rflags & RFLAGS_IF
+        cpu = self._guest_cpu
+        if cpu is not None:
+            cpu.masked = not regs.rflags & RFLAGS_IF
 
     @property
     def cr8(self) -> int:

@@ -365,17 +365,6 @@ class X86Cpu(Cpu):
             yield from self._take_events()
 
     @types.coroutine
-    def _schedule_in(self) -> Generator[Any, Any, None]:
-        while True:
-            yield from super()._schedule_in()
-            pv = self._vcpu.pv
-            if pv.steal and pv.steal_seen != self._vcpu.stolen_ns:
-                pv.note_steal()
-            if self._vcpu.activity == KVM_MP_STATE_RUNNABLE:
-                return
-            yield from self.wait_for_interrupt()  # the VMM has halted it: KVM_SET_MP_STATE
-
-    @types.coroutine
     def _take_events(self) -> Generator[Any, Any, None]:
         """See to all that came and is not an interrupt of the local APIC, in the order of the CPU's priorities."""
         while True:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fabric.guest.driver import Pages
 from fabric.uapi import ioctl
 from fabric.uapi.arm64 import KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KvmVcpuInit
 from fabric.uapi.kvm import KVM_MP_STATE_RUNNABLE, KvmMpState
 from fabric.vmm.machine import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BAR_BASE = 0x2000_0000
 RAM_BASE = 0x4000_0000
@@ -22,6 +25,9 @@ class Arm64Machine(Machine):
     """An arm64 board: at the end of RAM are the tables of its interrupt controller, before them the guest's rings."""
 
     arch = "aarch64"
+    gic_version = 3
+    gic_fd = -1
+    its_fds: Sequence[int] = ()
     ram_base = RAM_BASE
     bar_base = BAR_BASE
 
@@ -51,12 +57,15 @@ class Arm64Machine(Machine):
 
     def create_vcpu(self, fd: int, number: int) -> None:
         """All vCPUs but the first start powered off: the guest turns them on (PSCI)."""
+        self.kvm.ioctl(fd, ioctl.KVM_ARM_VCPU_INIT, bytearray(self.vcpu_init(number).pack()))
+
+    def vcpu_init(self, number: int) -> KvmVcpuInit:
+        """Target and features of a vCPU."""
         init = bytearray(KvmVcpuInit.SIZE)
         self.kvm.ioctl(self.vm_fd, ioctl.KVM_ARM_PREFERRED_TARGET, init)
         target = KvmVcpuInit.unpack(init).target
         features = 1 << KVM_ARM_VCPU_PSCI_0_2 | (1 << KVM_ARM_VCPU_POWER_OFF if number else 0)
-        request = KvmVcpuInit(target=target, features=(features, *[0] * 6))
-        self.kvm.ioctl(fd, ioctl.KVM_ARM_VCPU_INIT, bytearray(request.pack()))
+        return KvmVcpuInit(target=target, features=(features, *[0] * 6))
 
     def power_on(self) -> None:
         """Let all vCPUs run at once (KVM_SET_MP_STATE), for programs that do not boot one another."""

@@ -52,6 +52,7 @@ class Arm64Gicv2(Arm64Machine):
     """GICv2 with a GICv2m frame, generic timers, PSCI; MSIs are SPIs."""
 
     name = "arm64-gicv2"
+    gic_version = 2
     max_vcpus = VGIC_V2_MAX_CPUS
     max_vectors = NR_IRQS - FIRST_MSI_SPI
 

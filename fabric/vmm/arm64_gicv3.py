@@ -45,6 +45,7 @@ class Arm64Gicv3(Arm64Machine):
         count = len(self.vcpu_fds)
         self.gic_fd = self.create_device(KVM_DEV_TYPE_ARM_VGIC_V3)
         self.its_fd = self.create_device(KVM_DEV_TYPE_ARM_VGIC_ITS)
+        self.its_fds = [self.its_fd]
         address = KVM_DEV_ARM_VGIC_GRP_ADDR
         self.set_attr(self.gic_fd, address, KVM_VGIC_V3_ADDR_TYPE_DIST, GICD_BASE)
         self.set_attr(self.gic_fd, address, KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, count << 52 | GICR_BASE)

@@ -2,12 +2,18 @@
 
 Each is the far side of :mod:`fabric.guest.pci`: the guest's driver programs MSI-X entries and rings by MMIO exits,
 rings doorbells through ioeventfds, and is interrupted through irqfds.
+
+A device may be stopped, by cancelling its tasks, and started again: it goes on with what it had under way. So what a
+task knows and nobody else it keeps in the device when it ends.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING
+
+import trio
 
 from fabric.clock import Priority, WaitQueue, current_engine
 from fabric.guest.driver import MsiMessage
@@ -24,8 +30,6 @@ from fabric.guest.pci import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    import trio
 
     from fabric.guest.workload import Interval
     from fabric.kvm import EventFd
@@ -58,6 +62,17 @@ class Device:
         self.devid = devid
         self.bar = bar
         self.doorbells = [machine.doorbell(bar + DOORBELLS + 4 * queue) for queue in range(len(self.rings))]
+
+    def replug(self, machine: Machine) -> None:
+        """Go on in another machine, in the place it has, while its tasks stand still: its eventfds are made anew."""
+        rung = [doorbell.event.count for doorbell in self.doorbells]
+        self.plug(machine, self.devid, self.bar)
+        for doorbell, count in zip(self.doorbells, rung, strict=True):
+            if count:
+                doorbell.signal(count)
+        for vector, (address, data, _) in enumerate(self._table):
+            if self.interrupts[vector] is not None:
+                self.interrupts[vector] = machine.interrupt(MsiMessage(address, data, self.devid))
 
     def start(self, nursery: trio.Nursery) -> None:
         """Start its tasks."""
@@ -113,43 +128,54 @@ class BlockDevice(Device):
         super().__init__(name, vectors=queues, queues=queues)
         self.service_ns = service_ns
         self.requests = 0
+        self._seen = [0] * queues
+        """Of each queue: requests that were taken, as its ring counts them."""
+        self._completed = [0] * queues
+        self._accepted: list[deque[int]] = [deque() for _ in range(queues)]
+        """When each of the requests under way will be done."""
 
     def start(self, nursery: trio.Nursery) -> None:
         """For each queue a task that takes requests and one that completes them."""
         for queue in range(len(self.rings)):
-            accepted: deque[int] = deque()
+            accepted = self._accepted[queue]
             work = WaitQueue(self.engine, f"requests to {self.name} queue {queue}")
             nursery.start_soon(self._accept, queue, accepted, work, name=f"{self.name}.{queue} submissions")
             nursery.start_soon(self._serve, queue, accepted, work, name=f"{self.name}.{queue} completions")
 
     async def _accept(self, queue: int, accepted: deque[int], work: WaitQueue) -> None:
         self.engine.set_priority(Priority.DEVICE)
-        seen = 0
-        while True:
-            await self.doorbells[queue].wait()
-            submitted = self._counter(self.rings[queue])
-            count = submitted - seen & 0xFFFF_FFFF
-            seen = submitted
-            self.requests += count
-            accepted.extend([self.engine.now + self.service_ns] * count)
-            if accepted:
-                work.wake_one()
+        seen = self._seen[queue]
+        try:
+            while True:
+                await self.doorbells[queue].wait()
+                submitted = self._counter(self.rings[queue])
+                count = submitted - seen & 0xFFFF_FFFF
+                seen = submitted
+                self.requests += count
+                accepted.extend([self.engine.now + self.service_ns] * count)
+                if accepted:
+                    work.wake_one()
+        finally:
+            self._seen[queue] = seen
 
     async def _serve(self, queue: int, accepted: deque[int], work: WaitQueue) -> None:
         engine = self.engine
         engine.set_priority(Priority.DEVICE)
-        completed = 0
-        while True:
-            if not accepted:
-                await work.wait()
-                continue
-            due = accepted[0]
-            if due > engine.now:
-                await engine.sleep(due - engine.now)
-            accepted.popleft()
-            completed += 1
-            self._complete(queue, completed)
-            self.raise_vector(queue)
+        completed = self._completed[queue]
+        try:
+            while True:
+                if not accepted:
+                    await work.wait()
+                    continue
+                due = accepted[0]
+                if due > engine.now:
+                    await engine.sleep(due - engine.now)
+                accepted.popleft()
+                completed += 1
+                self._complete(queue, completed)
+                self.raise_vector(queue)
+        finally:
+            self._completed[queue] = completed
 
 
 class NetworkDevice(Device):
@@ -163,6 +189,8 @@ class NetworkDevice(Device):
         self.coalesce_packets = coalesce_packets
         self.coalesce_ns = coalesce_ns
         self.packets = 0
+        self._traffic = [(0, 0, 0, 0)] * len(intervals)
+        """Of each queue: packets received and gathered; when the next comes, and when those gathered are announced."""
 
     def start(self, nursery: trio.Nursery) -> None:
         """A task for each queue that receives."""
@@ -172,27 +200,37 @@ class NetworkDevice(Device):
     async def _receive(self, queue: int, interval: Interval) -> None:
         engine = self.engine
         engine.set_priority(Priority.DEVICE)
-        received = gathered = 0
+        received, gathered, due, announce_at = self._traffic[queue]
 
         def announce() -> None:
-            nonlocal gathered
-            gathered = 0
+            nonlocal gathered, announce_at
+            gathered = announce_at = 0
             timer.cancel()
             self._complete(queue, received)
             self.raise_vector(queue)
 
         timer = engine.timer(announce, name=f"{self.name}.{queue} coalescing")
-        while True:
-            await engine.sleep(interval.draw())
-            if not self.rings[queue]:
-                continue  # the link is not up before the driver is
-            received += 1
-            gathered += 1
-            self.packets += 1
-            if gathered >= self.coalesce_packets:
-                announce()
-            elif gathered == 1 and self.coalesce_ns:
-                timer.arm(engine.now + self.coalesce_ns)
+        if announce_at:
+            timer.arm(max(announce_at, engine.now))
+        try:
+            while True:
+                due = due or engine.now + interval.draw()
+                if due > engine.now:
+                    await engine.sleep(due - engine.now)
+                due = 0
+                if not self.rings[queue]:
+                    continue  # the link is not up before the driver is
+                received += 1
+                gathered += 1
+                self.packets += 1
+                if gathered >= self.coalesce_packets:
+                    announce()
+                elif gathered == 1 and self.coalesce_ns:
+                    announce_at = engine.now + self.coalesce_ns
+                    timer.arm(announce_at)
+        finally:
+            timer.cancel()
+            self._traffic[queue] = received, gathered, due, announce_at
 
 
 class RecordedSource(Device):
@@ -203,7 +241,8 @@ class RecordedSource(Device):
 
     def __init__(self, name: str, vectors: int, arrivals: Iterable[tuple[int, int, int]]) -> None:
         super().__init__(name, vectors=vectors)
-        self.arrivals = arrivals
+        self.arrivals = iter(arrivals)
+        """Those to come."""
         self.work: Sequence[deque[int]] = [deque() for _ in range(vectors)]
         """For each vector, ``handler_ns`` of what was raised; the guest's handler takes it from there."""
         self.played = 0
@@ -231,7 +270,11 @@ class RecordedSource(Device):
         for at_ns, vector, handler_ns in self.arrivals:
             due = start_ns + at_ns
             if due > engine.now:
-                await engine.sleep(due - engine.now)
+                try:
+                    await engine.sleep(due - engine.now)
+                except trio.Cancelled:
+                    self.arrivals = chain([(at_ns, vector, handler_ns)], self.arrivals)
+                    raise
             work[vector].append(handler_ns)
             self.raise_vector(vector)
             self.played += 1

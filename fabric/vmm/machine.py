@@ -42,7 +42,7 @@ from fabric.uapi.kvm import (
 from fabric.uapi.usermem import SparseMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from fabric.guest.driver import InterruptDriver, MsiMessage, Pages
     from fabric.kvm import EventFd
@@ -75,7 +75,8 @@ class Machine:
       name: of its Kvm, for channels and traces when several machines share a simulation.
       options: host options for :class:`fabric.kvm.Kvm`.
 
-    A machine that is not needed any more is given back with :meth:`close`.
+    A machine that is not needed any more is given back with :meth:`close`. One whose :meth:`run` was cancelled stands
+    still: it may be run again, or saved and restored into another machine of its board (``fabric.migration``).
     """
 
     name = ""
@@ -110,6 +111,8 @@ class Machine:
         self._route_entries = bytearray()
         self.system_fd = self.kvm.open()
         self.vm_fd = self.kvm.ioctl(self.system_fd, ioctl.KVM_CREATE_VM, self.machine_type())
+        self.slots: list[KvmUserspaceMemoryRegion] = []
+        """The memory slots."""
         self._map_ram()
         self.prepare()
         self.vcpu_fds = [self._create_vcpu(number) for number in range(vcpus)]
@@ -200,6 +203,7 @@ class Machine:
                 userspace_addr=self._ram + start - self.ram_base,
             )
             self.kvm.ioctl(self.vm_fd, ioctl.KVM_SET_USER_MEMORY_REGION, bytearray(region.pack()))
+            self.slots.append(region)
 
     def _create_vcpu(self, number: int) -> int:
         fd = self.kvm.ioctl(self.vm_fd, ioctl.KVM_CREATE_VCPU, number)
@@ -224,6 +228,14 @@ class Machine:
         self.devices.append(device)
         device.plug(self, devid=(number + 1) << 3, bar=self.bar_base + number * BAR_SIZE)
         return device
+
+    def adopt(self, devices: Sequence[Device]) -> None:
+        """Take over the devices of another machine that stands still. ValueError for a machine that has some."""
+        if self.devices:
+            raise ValueError("a machine takes over devices only when it has none of its own")
+        self.devices.extend(devices)
+        for device in devices:
+            device.replug(self)
 
     def registers(self, address: int) -> tuple[Registers | None, int]:
         """Whose registers are at guest physical ``address``, and at which offset of theirs that is."""

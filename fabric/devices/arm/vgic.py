@@ -445,6 +445,12 @@ class Vgic:
         irq = self.lpis.get(intid)
         return None if irq is None or intid in self.unmapped else irq
 
+    def known_lpi(self, intid: int) -> VgicIrq | None:
+        """The LPI ``intid`` if an ITS maps it, or if none does any more and it is still on a vCPU's list."""
+        if intid in self.unmapped:
+            self._reap()
+        return self.lpis.get(intid)
+
     def add_lpi(self, intid: int, target: VgicCpu | None) -> VgicIrq:
         """The LPI ``intid``, made if it does not exist; one that does keeps its state and its target."""
         if intid in self.unmapped:
@@ -523,7 +529,7 @@ class Vgic:
             if irq.owner is None:
                 self.line_level(irq, level)
             return
-        lpi = self.lpis.get(intid) if intid >= MIN_LPI else None
+        lpi = self.known_lpi(intid) if intid >= MIN_LPI else None
         if lpi is None:
             raise KvmError(errno.EINVAL, f"INTID {intid} is none of the {self.nr_irqs} of this GIC")
         if level:

@@ -300,6 +300,9 @@ class VgicCpu(_HotFields):
                         self.events.completed(self.index, intid)
                 elif self._holds(entry):
                     self.vgic.deactivate(irq)
+        elif intid >= MIN_LPI and not irq.active and irq.priority & mask == dropped and self.events is not None:
+            # Taken before the VM was saved: an LPI has no active state, so only its priority was restored.
+            self.events.completed(self.index, intid)
 
     def iar1(self) -> int:
         """ICC_IAR1_EL1: ``acknowledge(1)``, with the common case spelled out: an LPI, and nothing active."""
@@ -469,6 +472,7 @@ class VgicCpu(_HotFields):
             self._sort()
         if not self.forwarding:
             self.purge()
+            self.refresh()
         if self.parked:
             parked = sorted(self.parked.items())
             for seq, irq in parked:

@@ -136,10 +136,6 @@ class Its(MmioHandler):
 
     # -- MSIs -----------------------------------------------------------------------------------------------
 
-    def owns(self, address: int) -> bool:
-        """Whether an address lies in the frame of this ITS."""
-        return self.base is not None and self.base <= address < self.base + ITS_SIZE
-
     def signal(self, devid: int, eventid: int) -> int:
         """An MSI that is not remembered: 1 when it was made pending, 0 when nothing maps it.
 
@@ -417,12 +413,12 @@ def signal_message(vm: VmServices, address: int, data: int, flags: int, devid: i
         raise KvmError(errno.EINVAL, "the VM has no in-kernel interrupt controller")
     if flags & ~KVM_MSI_VALID_DEVID:
         raise KvmError(errno.EINVAL, f"flags must be 0 or {KVM_MSI_VALID_DEVID}, not {flags:#x}")
-    if not vm.its_list:
-        raise _lost(vm, errno.ENODEV, "no ITS")
-    irq = vm.its_list[0].group.cache.find((address, devid, data))
-    if irq is not None:
+    its_list = vm.its_list
+    if its_list and (irq := its_list[0].group.cache.find((address, devid, data))) is not None:
         vm.irqchip.pend_edge(irq)
         return 1
+    if not its_list or not issubclass(vm.irqchip.cpu_class, VgicV3Cpu):
+        raise _lost(vm, errno.ENODEV, "no ITS")
     if not flags & KVM_MSI_VALID_DEVID:
         raise _lost(vm, errno.EINVAL, "MSI without a device id")
     place = vm.mmio.find(address)

@@ -16,7 +16,7 @@ EventState = tuple[int, int, "int | None"]
 DeviceState = tuple[int, int, int, tuple[EventState, ...]]
 """``(device id, event id bits, ITT address, events)``; of several with one id the first is found by it."""
 
-VERSION = 2
+VERSION = 1
 
 
 @attrs.frozen

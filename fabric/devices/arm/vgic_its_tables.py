@@ -165,31 +165,33 @@ def _save_collections(its: Its) -> None:
 def restore(its: Its) -> None:
     """Build the maps from the guest's tables: collections first, then devices with their events.
 
-    A table that is not valid is skipped. When the collection table cannot be restored, all collections are
-    forgotten, those that were there before included; when the device table cannot, all devices are as well.
+    A table that is not valid is skipped. When the collection table cannot be restored, for want of host memory
+    even, all collections are forgotten, those that were there before included; when the device table cannot, all
+    devices are as well. A device whose id is taken is added behind the one that has it.
 
     Raises:
         KvmError: EFAULT for a table that is not in RAM, EINVAL for an entry that makes no sense, EEXIST for a
             collection that is there already.
     """
     its.pages.forget()
-    if its.baser[1] & VALID:
-        try:
+    try:
+        if its.baser[1] & VALID:
             _restore_collections(its)
-        except (KvmError, MemoryError):
-            its.forget_collections()
-            raise
-    if its.baser[0] & VALID:
-        try:
+        if its.baser[0] & VALID:
             _restore_devices(its)
-        except (KvmError, MemoryError):
-            its.forget_devices()
-            its.forget_collections()
-            raise
-    its.pages.forget()
+    finally:
+        its.pages.forget()
 
 
 def _restore_collections(its: Its) -> None:
+    try:
+        _read_collections(its)
+    except (KvmError, MemoryError):
+        its.forget_collections()
+        raise
+
+
+def _read_collections(its: Its) -> None:
     baser = its.baser[1]
     first, size = table_address(baser), table_size(baser)
     for address in range(first, first + size, ENTRY_SIZE):
@@ -223,7 +225,12 @@ def _restore_devices(its: Its) -> None:
         first = number * ENTRIES_PER_PAGE
         return 0 if _walk(pages, entry & L1_ADDRESS, ENTRIES_PER_PAGE, device, first) else 1
 
-    _walk(pages, base, size // ENTRY_SIZE, page if baser & BASER_INDIRECT else device)
+    try:
+        _walk(pages, base, size // ENTRY_SIZE, page if baser & BASER_INDIRECT else device)
+    except (KvmError, MemoryError):
+        its.forget_devices()
+        its.forget_collections()
+        raise
 
 
 def _restore_device(its: Its, devid: int, entry: int) -> None:

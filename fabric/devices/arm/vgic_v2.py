@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fabric.devices.registers import RegisterBlock
 
 
+SGI_CLEARED = "SGI cleared"
+
+
 class VgicV2(Vgic):
     """The GICv2 of a VM.
 
@@ -101,14 +104,18 @@ class VgicV2(Vgic):
         self.set_pending(irq)
 
     def raise_sgi(self, sgi: Sgi, senders: int) -> None:
-        """Make ``sgi`` pending from each vCPU whose id is a bit of ``senders``; 0 only queues it if it is pending."""
+        """Make ``sgi`` pending from each vCPU whose id is a bit of ``senders``; 0 only queues it if it is pending.
+
+        Who listens is told of one sender at a time: of the next one when the one before is taken.
+        """
         for bit in _bits(senders):
             self.ledger.raised += 1
             if sgi.senders & bit:
                 self._note_coalesced(sgi)
-            else:
-                sgi.senders |= bit
+                continue
+            if not sgi.senders:
                 self._note_pending(sgi)
+            sgi.senders |= bit
         if sgi.senders:
             sgi.pending = True
             self._sgi_changed(sgi, event=True)
@@ -117,7 +124,10 @@ class VgicV2(Vgic):
         """Make ``sgi`` no longer pending from those."""
         for bit in _bits(sgi.senders & senders):
             sgi.senders ^= bit
-            self.drop(sgi, "SGI cleared")
+            if sgi.senders:
+                self.ledger.drop(SGI_CLEARED)
+            else:
+                self.drop(sgi, SGI_CLEARED)
         sgi.pending = bool(sgi.senders)
         self._sgi_changed(sgi, event=False)
 

@@ -103,6 +103,8 @@ class VgicV2Cpu(VgicCpu):
         self.ledger.delivered += 1
         if self.events is not None:
             self.events.acknowledged(self.index, irq.intid)
+            if isinstance(irq, Sgi) and irq.senders:
+                self.events.pending(self.index, irq.intid)
         return value
 
     def end(self, value: int, *, aliased: bool = False) -> None:
@@ -172,10 +174,11 @@ class VgicV2Cpu(VgicCpu):
         super().leave(entry)
 
     def purge(self) -> None:
+        left = [irq for irq in self.order if irq.active or _seq(irq) in self.parked]
         for irq in self.order:
-            if not irq.active:
+            if irq not in left:
                 irq.entry = None
-        self.order = self._active()
+        self.order = left
 
     def _place(self, irq: VgicIrq, seq: int | None) -> None:
         """Give ``irq`` the place ``seq`` on the list, or the last one."""
@@ -202,16 +205,31 @@ class VgicV2Cpu(VgicCpu):
         self.order.sort(key=_seq)
         self.update()
 
+    def is_queued(self, entry: Entry) -> bool:
+        irq = entry[2]
+        return irq in self.order and not irq.active and entry[1] not in self.parked
+
     def _active(self) -> list[VgicIrq]:
         return [irq for irq in self.order if irq.active]
 
     def refresh(self) -> None:
-        """Fill the list registers, then as the base class."""
+        """Fill the list registers, and recompute thresholds and ``line``.
+
+        What preempts is what has a higher priority than the running one, which the binary point of its group cut
+        when it was taken. (GICv3 cuts both to the binary point of the pending one.)
+        """
         if self._long():
             self._fill()
         else:
             self.list_registers = self.order
-        super().refresh()
+        self.mask0 = -1 << max(self.bpr0 + 1, PRIORITY_SHIFT)
+        self.mask1 = self.mask0 if self.cbpr else -1 << max(self.bpr1, PRIORITY_SHIFT)
+        active = self.apr0
+        running = (active & -active).bit_length() - 1 << PRIORITY_SHIFT if active else 0x100
+        ceiling = min(self.pmr, running)
+        self.threshold0 = ceiling if self.igrpen0 else 0
+        self.threshold = ceiling if self.igrpen1 else 0
+        self.line = self._deliverable() is not None
 
     def _long(self) -> bool:
         """Whether KVM sorts the list, and chooses from it: because of its length, or of an SGI with several senders."""
@@ -241,12 +259,12 @@ class VgicV2Cpu(VgicCpu):
 
     def _fill(self) -> None:
         """Choose what is in the list registers, with more to choose from than there are."""
-        if self.vcpu.running:
+        if self.vcpu.running and not self.parked:  # with parked ones it is in load(), which has sorted it
             self._sort()
             order = self.order
         else:
             order = self._sorted()
-        self.list_registers = chosen = []
+        chosen: list[VgicIrq] = []
         lowest = 0xFF
         for irq in order:
             if irq.priority > lowest or len(chosen) == NR_LIST_REGISTERS:
@@ -256,6 +274,7 @@ class VgicV2Cpu(VgicCpu):
             chosen.append(irq)
             if irq.intid < NR_SGIS and irq.open + irq.active > 1:
                 lowest = irq.priority
+        self.list_registers = chosen
 
     def _top(self) -> Entry | None:
         """The highest-priority pending interrupt in a list register, the first of equals."""

@@ -147,12 +147,14 @@ class Frames:
                 continue
             try:
                 self.check_placement()
-            except KvmError:
-                for before in self.vgic.cpus[: cpu.index]:
+                self.place(cpu)
+            except (KvmError, MemoryError):
+                for before in self.vgic.cpus[: cpu.index + 1]:
                     self._unmap_redistributor(before)
+                    if before.region is region:
+                        before.region = None
                 self.regions.remove(region)
                 raise
-            self.place(cpu)
 
     # -- placing ---------------------------------------------------------------------------------------------
 
@@ -216,8 +218,9 @@ class Frames:
     def map_redistributor(self, cpu: VgicV3Cpu) -> None:
         """Have the redistributor of ``cpu`` answer in its place."""
         assert cpu.region is not None
-        cpu.frame = RedistributorFrame(cpu)
-        self._map(cpu.region.base + cpu.slot * GICR_SIZE, GICR_SIZE, cpu.frame)
+        frame = RedistributorFrame(cpu)
+        self._map(cpu.region.base + cpu.slot * GICR_SIZE, GICR_SIZE, frame)
+        cpu.frame = frame
 
     def _unmap_redistributor(self, cpu: VgicV3Cpu) -> None:
         if cpu.frame is not None:

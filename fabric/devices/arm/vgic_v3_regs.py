@@ -3,8 +3,9 @@
 One row a register, in offset order; guest MMIO, the DIST_REGS and REDIST_REGS attributes and their has-tests read
 these rows. Where userspace sees something else than the guest, the row's ``user`` says what.
 
-Modelled: one security state, affinity routing always on, SPIs with a single target. Known and not modelled:
-1-of-N SPIs (GICD_IROUTER.IRM), message-based SPIs, extended SPI ranges, direct LPI injection (GICR_SETLPIR).
+One security state, affinity routing always on. What the architecture has and KVM has not, and so is not here:
+1-of-N SPIs (GICD_IROUTER.IRM reads as zero), message-based SPIs (GICD_SETSPI_NSR), extended SPI ranges, direct
+injection of LPIs (GICR_SETLPIR), virtual LPIs.
 
 Specification: GICv3 architecture (IHI 0069), sections 12.9 (GICD) and 12.11 (GICR); arm-vgic-v3, register groups.
 """
@@ -194,7 +195,7 @@ def _set_pendbaser(cpu: VgicV3Cpu, value: int) -> None:
 
 
 def _invlpi(cpu: VgicV3Cpu, value: int) -> None:
-    irq = cpu.vgic.lpis.get(value & 0xFFFF_FFFF)
+    irq = cpu.vgic.known_lpi(value & 0xFFFF_FFFF)
     if irq is not None and cpu.lpis_enabled:
         vgic_lpi.reload_config(cpu.vgic, irq)
 
