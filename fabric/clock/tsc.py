@@ -8,19 +8,26 @@ Sources: KVM's documents on timekeeping and on vCPU attributes (KVM_VCPU_TSC_OFF
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fabric.devices.base import Clock
-
 MASK64 = (1 << 64) - 1
 SECOND = 1_000_000_000
 TOLERANCE_PPM = 250
 """How far from the host's the frequency of a guest's TSC may be without being scaled."""
+
+
+class Clock(Protocol):
+    """Virtual time."""
+
+    @property
+    def now(self) -> int:
+        """ns."""
+        ...
 
 
 def cycles(ns: int, khz: int) -> int:
