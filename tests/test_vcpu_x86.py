@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from x86_guests import (
     APIC_PAGE,
     BASE,
@@ -904,6 +906,56 @@ def test_a_reset_takes_what_waited() -> None:
     assert uapi.KVM_MP_STATE_RUNNABLE == vm.vcpus[0].mp_state
     assert LedgerStatement(raised=1, dropped={"local APIC reset": 1}) == vm.ledger
     apic._check()
+
+
+# Whatever comes
+
+_EVENTS = st.lists(
+    st.tuples(
+        st.integers(0, 2_000),
+        st.sampled_from([0, 0, 0, 2, 3, 4, 5, 6]),  # delivery mode
+        st.integers(0, 2),  # destination
+        st.sampled_from([LOW, LOW + 1, HIGH, 8]),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(_EVENTS, st.sampled_from(["kernel", "split"]), st.booleans())
+def test_whatever_comes_the_ledger_balances(events: list[tuple[int, int, int, int]], irqchip: str, costs: bool) -> None:
+    """Interrupts, NMIs, SMIs, INITs and SIPIs to two vCPUs at any time: each interrupt is accounted for once."""
+
+    async def body(vm: X86Vm, cpu: Any) -> None:
+        await apic_on(cpu)
+
+        async def handler(cpu: Any) -> None:
+            await cpu.compute(30)
+            if cpu.vector != NMI:
+                cpu.eoi()
+
+        cpu.set_vector(handler)
+        for _ in range(20):
+            cpu.sti()
+            await cpu.hlt(cpu.now + 70)
+            await cpu.compute(20)
+            cpu.cli()
+            await cpu.compute(10)
+
+    async def main(vm: X86Vm) -> None:
+        for number in range(2):
+            vm.vcpu(number).costs = Costs(exit_ns=7, injection_ns=3, eoi_ns=2, wakeup_ns=5) if costs else Costs()
+        vm.vcpus[1].mp_state = uapi.KVM_MP_STATE_RUNNABLE
+        for ns, mode, to, vector in events:
+            vm.at(ns, vm.vm.signal_msi, MSI | to << 12, mode << 8 | vector)
+        await vm.run_all(until_ns=10_000)
+        vm.inside.irqchip._check()
+        assert vm.ledger.balanced
+        fixed = sum(mode == 0 for _, mode, _, _ in events)
+        nmis = sum(mode == 4 and to < 2 for _, mode, to, _ in events)
+        assert fixed + nmis <= vm.ledger.raised
+
+    simulate(main, body, body, irqchip=irqchip)
 
 
 # A guest on its way to another vCPU

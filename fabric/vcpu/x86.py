@@ -220,6 +220,12 @@ class X86Vcpu(Vcpu):
         self.pv.leaving()
         _TOLD.pack_into(self.run_area, at, ready, self.interrupt_flag, flags, self.cr8, self.apic_base)
 
+    def stole(self, ns: int) -> None:
+        """As the base class; its guest is told."""
+        super().stole(ns)
+        if self.pv.steal:
+            self.pv.note_steal()
+
     def touch_hardware(self) -> None:
         """Also when no guest has run."""
         self.leaving()
