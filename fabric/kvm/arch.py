@@ -110,6 +110,9 @@ class Architecture(ABC):
     def irqfd_ready(self, vm: Vm) -> bool:
         """Whether KVM_IRQFD can assign: the interrupt controller is there and initialised."""
 
+    def check_resampler(self, vm: Vm) -> None:  # noqa: B027  # where irqfds can be, they can have one, on most
+        """KvmError(EINVAL) where irqfds cannot have resamplers."""
+
     def routing_allowed(self, vm: Vm) -> bool:
         """Whether KVM_SET_GSI_ROUTING may be called."""
         return True

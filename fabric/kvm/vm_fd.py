@@ -140,6 +140,8 @@ def irqfd(file: VmFile, fd: int, gsi: int, flags: int, resamplefd: int, _pad: by
         return
     if not vm.arch.irqfd_ready(vm):
         raise KvmError(errno.EAGAIN, "the interrupt controller is not initialised")
+    if flags & uapi.KVM_IRQFD_FLAG_RESAMPLE:
+        vm.arch.check_resampler(vm)
     event = kvm.event(fd)
     resample = kvm.event(resamplefd) if flags & uapi.KVM_IRQFD_FLAG_RESAMPLE else None
     vm.irqfds.assign(event, gsi, resample)

@@ -234,6 +234,10 @@ class X86(Architecture):
             raise KvmError(errno.EINVAL, "an irqfd needs an in-kernel irqchip")
         return True
 
+    def check_resampler(self, vm: Vm) -> None:
+        if vm.irqchip.split:
+            raise KvmError(errno.EINVAL, "with a split irqchip the kernel has no lines to resample")
+
     def routing_allowed(self, vm: Vm) -> bool:
         return x86_irqchip.ready(vm)
 
