@@ -166,7 +166,7 @@ def test_the_time_until_a_value_is_when_it_shows(start: int, khz: int, ahead: in
 
 @given(frequencies, st.integers(0, 1 << 40), times)
 def test_a_scaled_tsc_shows_a_value_at_its_time(khz: int, ahead: int, ns: int) -> None:
-    """Within what passes in a ns, and a cycle of the guest's TSC and of the host's, as all of them are whole numbers."""
+    """Within what passes in a ns, and a cycle of the guest's TSC and of the host's: all of them are whole numbers."""
     machine = host()
     tsc = GuestTsc(machine, TscSync(machine), khz, scaling=True)
     pass_(machine, ns)

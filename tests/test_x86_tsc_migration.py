@@ -13,7 +13,6 @@ import fabric
 from fabric.kvm import Kvm
 from fabric.kvm.typed import Host
 from fabric.uapi import ioctl as requests
-from fabric.uapi import kvm as uapi
 from fabric.uapi import x86
 from fabric.uapi.x86 import KvmClockData, KvmMsrEntry, KvmMsrs
 
@@ -80,9 +79,11 @@ class Machine:
         """KVM_RUN of a vCPU that leaves at once."""
 
         async def program(cpu: Any) -> None:
-            await cpu.outp(0xC000, 1, 0)
+            while True:
+                await cpu.outp(0xC000, 1, 0)
 
-        self.vcpus[0].load(program)
+        if not self.host.kvm.vcpu(self.vcpus[0].fd).has_guest:
+            self.vcpus[0].load(program)
         await self.vcpus[0].run()
 
 
@@ -175,7 +176,7 @@ def test_a_source_that_scales_too() -> None:
     found = moves(SOURCE | {"tsc_scaling": True}, SECOND, FASTER)
 
     assert (SECOND + 12345, 3_100_000) == (found["clock"], found["freq"])
-    assert abs(found["cycles"] - found["clock"] * 31 // 10_000) <= 3
+    assert abs(found["cycles"] - found["clock"] * 31 // 10) <= 3
 
 
 @spec("vcpu.seq.tsc-migration.4-dst-set-clock", "api.set-clock.rule.never-back")
@@ -220,7 +221,7 @@ def test_step_1_the_sources_clocks() -> None:
         at = fabric.now()
         assert KvmClockData(at, 14, 0, REAL + at, 10**15 + at * 2_600_000 // 1_000_000) == source.clock
         source.vcpus[1].set_attr(*TSC, 5)
-        await source.vcpus[0].run()
+        await source.enter()
         assert KvmClockData(at) == source.clock
 
     fabric.run(body)
@@ -311,7 +312,6 @@ def test_step_7_until_all_offsets_are_written_the_clock_is_not_stable() -> None:
             vcpu.set_attr(*TSC, offset)
             await dest.enter()
             flags.append(dest.clock.flags)
-            dest.vcpus[0].unload()
         assert [0, 14] == flags
 
     fabric.run(body)

@@ -127,7 +127,7 @@ def _set_pv_eoi(pv: Paravirt, value: int, _host: bool) -> None:
 
 def _set_steal(pv: Paravirt, value: int, host: bool) -> None:
     pv.steal = value
-    if value & ENABLED and not host:
+    if not host:
         pv.note_steal()
 
 

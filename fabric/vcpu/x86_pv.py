@@ -113,8 +113,7 @@ class Paravirt:
             clock.update()
         if self.vcpu.tsc.catch_up() or self.clock_stale or not clock.stable:
             self.note_clock()
-        if self.steal & ENABLED:
-            self.note_steal()
+        self.note_steal()
 
     def leaving(self) -> None:
         """The vCPU is back with its VMM: to the guest's other vCPUs it is not running."""
@@ -146,6 +145,8 @@ class Paravirt:
 
     def note_steal(self) -> None:
         """Add the time that the vCPU has waited for a physical CPU since the last note, or since it was made."""
+        if not self.steal & ENABLED:
+            return
         at = self.steal & ~(STEAL_SIZE - 1)
         try:
             stolen = self.memory.read_u64(at) + self.vcpu.stolen_ns - self.steal_seen
