@@ -29,6 +29,8 @@ from fabric.guest.driver import Vector
 from fabric.guest.pci import write_msix
 from fabric.trace import Recorder
 from fabric.trace.ledger import LedgerStatement
+from fabric.uapi import ioctl
+from fabric.uapi.kvm import KVM_IRQFD_FLAG_RESAMPLE, KvmIrqfd
 from fabric.uapi.x86 import KvmCpuidEntry2
 from fabric.vmm import BOARDS, Device
 from fabric.vmm.ioapic import REMOTE_IRR
@@ -349,6 +351,27 @@ def test_a_wire_to_nobody() -> None:
         machine.set_line(WIRE, True)
 
     assert {"no local APIC took it": 1} == ledger_of(body, "x86-split").dropped
+
+
+def test_the_end_of_a_level_signals_its_resample_eventfd() -> None:
+    """An irqfd with a resampler on an input of the in-kernel IOAPIC: the line is down until it is signalled again."""
+    seen: list[int] = []
+
+    async def body(machine: Any, cpu: Any, driver: Any) -> None:
+        async def taken(cpu: Any) -> None:
+            seen.append(resample.event.count)
+
+        event, resample = machine.kvm.eventfd(), machine.kvm.eventfd()
+        request = KvmIrqfd(int(event), WIRE, KVM_IRQFD_FLAG_RESAMPLE, int(resample))
+        machine.kvm.ioctl(machine.vm_fd, ioctl.KVM_IRQFD, bytearray(request.pack()))
+        await driver.connect_pin(cpu, WIRE, Vector(0, taken, "serial"), level=True)
+        for count in (1, 2):
+            event.signal()
+            await cpu.compute(10)
+            assert count == resample.event.count
+
+    assert LedgerStatement(raised=2, delivered=2) == ledger_of(body)
+    assert [0, 1] == seen
 
 
 # Memory, ports, ends

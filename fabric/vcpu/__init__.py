@@ -7,5 +7,7 @@ from fabric.vcpu.cpu import Cpu
 from fabric.vcpu.guest import Guest
 from fabric.vcpu.host import Costs, Host
 from fabric.vcpu.vcpu import Vcpu
+from fabric.vcpu.x86 import X86Vcpu
+from fabric.vcpu.x86_cpu import X86Cpu
 
-__all__ = ["Arm64Cpu", "Arm64Vcpu", "Costs", "Cpu", "Guest", "Host", "Vcpu"]
+__all__ = ["Arm64Cpu", "Arm64Vcpu", "Costs", "Cpu", "Guest", "Host", "Vcpu", "X86Cpu", "X86Vcpu"]
