@@ -20,8 +20,6 @@ from fabric.clock.tsc import (
     tolerated,
 )
 
-spec = pytest.mark.spec
-
 KHZ = 2_600_000
 frequencies = st.integers(1_000, 10_000_000)
 times = st.integers(0, 10**18)
@@ -99,7 +97,7 @@ def test_what_is_tolerated(khz: int) -> None:
 # A vCPU's TSC
 
 
-@spec("vcpu.tsc.offset.rule.equation")
+@pytest.mark.spec("vcpu.tsc.offset.rule.equation")
 @given(words, words, times)
 def test_a_guests_tsc_is_the_hosts_plus_an_offset(start: int, offset: int, ns: int) -> None:
     """Modulo 2**64, at any time."""
@@ -111,7 +109,7 @@ def test_a_guests_tsc_is_the_hosts_plus_an_offset(start: int, offset: int, ns: i
     assert (machine.tsc + offset) % 2**64 == tsc.value
 
 
-@spec("vcpu.tsc.offset.rule.scaled")
+@pytest.mark.spec("vcpu.tsc.offset.rule.scaled")
 @given(st.integers(0, 1 << 50), words, st.integers(1, 10**15))
 def test_the_hosts_tsc_is_scaled_before_the_offset_is_added(start: int, offset: int, ns: int) -> None:
     """And the guest's counts at its own rate."""
@@ -287,7 +285,7 @@ def test_a_tsc_of_the_hosts_frequency_is_never_behind() -> None:
 # The VM's clock
 
 
-@spec("vcpu.tsc.offset.rule.matching")
+@pytest.mark.spec("vcpu.tsc.offset.rule.matching")
 def test_the_clock_is_stable_while_the_offsets_agree() -> None:
     """One that differs ends it, and the same for all brings it back."""
     machine, sync, first, second = two()

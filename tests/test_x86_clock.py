@@ -20,8 +20,6 @@ from fabric.uapi import x86
 from fabric.uapi.x86 import KvmClockData, KvmMsrEntry, KvmMsrs, PvclockVcpuTimeInfo, PvclockWallClock
 from fabric.vcpu.host import Host
 
-spec = pytest.mark.spec
-
 SECOND = 1_000_000_000
 KHZ = 2_600_000
 TSC_START = 1_000_000_000
@@ -86,7 +84,7 @@ async def enter(vm: X86Vm, number: int = 0) -> None:
 # KVM_GET_CLOCK and KVM_SET_CLOCK
 
 
-@spec("api.get-clock", "api.cap.adjust-clock")
+@pytest.mark.spec("api.get-clock", "api.cap.adjust-clock")
 def test_the_clock_begins_with_the_vm() -> None:
     """In ns; which flags it may have is what the capability says."""
 
@@ -100,7 +98,7 @@ def test_the_clock_begins_with_the_vm() -> None:
     in_time(body)
 
 
-@spec(
+@pytest.mark.spec(
     "api.get-clock.rule.master",
     "api.get-clock.rule.realtime",
     "api.get-clock.rule.host-tsc",
@@ -121,7 +119,7 @@ def test_a_stable_clock_comes_with_the_hosts_clocks() -> None:
     in_time(body)
 
 
-@spec("api.get-clock.rule.stable", "vcpu.tsc.offset.rule.matching")
+@pytest.mark.spec("api.get-clock.rule.stable", "vcpu.tsc.offset.rule.matching")
 @pytest.mark.parametrize("how", ["msr", "offset"])
 def test_vcpus_whose_tscs_differ_have_no_stable_clock(how: str) -> None:
     """It is not what every vCPU sees, and comes without flags; with the same for all it does again."""
@@ -142,7 +140,7 @@ def test_vcpus_whose_tscs_differ_have_no_stable_clock(how: str) -> None:
     in_time(body)
 
 
-@spec("api.set-clock", "api.get-clock.rule.stable")
+@pytest.mark.spec("api.set-clock", "api.get-clock.rule.stable")
 def test_the_clock_shows_what_it_is_set_to() -> None:
     """And goes on from there; it is stable from then on."""
 
@@ -156,7 +154,7 @@ def test_the_clock_shows_what_it_is_set_to() -> None:
     in_time(body)
 
 
-@spec("api.set-clock.rule.realtime", "api.set-clock.rule.never-back")
+@pytest.mark.spec("api.set-clock.rule.realtime", "api.set-clock.rule.never-back")
 @pytest.mark.parametrize(("ago", "added"), [(3 * SECOND, 3 * SECOND), (0, 0), (-1, 0), (-SECOND, 0)])
 def test_the_real_time_that_passed_is_added(ago: int, added: int) -> None:
     """With KVM_CLOCK_REALTIME; a real time in the future adds nothing."""
@@ -172,7 +170,7 @@ def test_the_real_time_that_passed_is_added(ago: int, added: int) -> None:
     in_time(body)
 
 
-@spec("api.set-clock.rule.others")
+@pytest.mark.spec("api.set-clock.rule.others")
 @pytest.mark.parametrize("flags", [STABLE, HOST_TSC, STABLE | HOST_TSC])
 def test_the_other_flags_are_taken_without_effect(flags: int) -> None:
     """What KVM_GET_CLOCK gave may go back as it is."""
@@ -182,7 +180,7 @@ def test_the_other_flags_are_taken_without_effect(flags: int) -> None:
     assert KvmClockData(500, 14, 0, REAL_START, TSC_START) == get_clock(vm)
 
 
-@spec("api.set-clock.EINVAL.flags")
+@pytest.mark.spec("api.set-clock.EINVAL.flags")
 @pytest.mark.parametrize("flags", [1, 16, 14 | 1 << 31])
 def test_flags_that_are_none(flags: int) -> None:
     """EINVAL, and the clock is as it was."""
@@ -192,7 +190,7 @@ def test_flags_that_are_none(flags: int) -> None:
     assert 0 == get_clock(vm).clock
 
 
-@spec("api.get-clock.EFAULT.user-ptr", "api.set-clock.EFAULT.user-ptr")
+@pytest.mark.spec("api.get-clock.EFAULT.user-ptr", "api.set-clock.EFAULT.user-ptr")
 @pytest.mark.parametrize("request_", [requests.KVM_GET_CLOCK, requests.KVM_SET_CLOCK])
 def test_a_clock_at_a_wild_address(request_: int) -> None:
     """EFAULT."""
@@ -210,7 +208,7 @@ def khz(vm: X86Vm, number: int = 0) -> int:
     return vm.vcpus[number].ioctl(requests.KVM_GET_TSC_KHZ)
 
 
-@spec("api.get-tsc-khz", "api.cap.get-tsc-khz", "api.get-tsc-khz.EIO.unstable")
+@pytest.mark.spec("api.get-tsc-khz", "api.cap.get-tsc-khz", "api.get-tsc-khz.EIO.unstable")
 def test_a_vcpu_has_the_hosts_frequency() -> None:
     """Unless told otherwise. The host's TSC is never unstable."""
     vm = X86Vm(tsc_khz=3_000_000)
@@ -219,7 +217,7 @@ def test_a_vcpu_has_the_hosts_frequency() -> None:
     assert 1 == vm.host.check_extension(uapi.KVM_CAP_GET_TSC_KHZ)
 
 
-@spec("api.cap.tsc-control", "api.cap.vm-tsc-control")
+@pytest.mark.spec("api.cap.tsc-control", "api.cap.vm-tsc-control")
 @pytest.mark.parametrize("scaling", [False, True])
 def test_capabilities_of_a_host_that_scales(scaling: bool) -> None:
     """They are there with TSC scaling only."""
@@ -229,7 +227,7 @@ def test_capabilities_of_a_host_that_scales(scaling: bool) -> None:
     assert [int(scaling)] * 2 == [host.check_extension(cap) for cap in caps]
 
 
-@spec("api.set-tsc-khz", "api.set-tsc-khz.rule.zero")
+@pytest.mark.spec("api.set-tsc-khz", "api.set-tsc-khz.rule.zero")
 def test_a_vcpu_of_another_frequency() -> None:
     """Its TSC counts at it; 0 is the host's again."""
 
@@ -244,7 +242,7 @@ def test_a_vcpu_of_another_frequency() -> None:
     in_time(body)
 
 
-@spec("api.set-tsc-khz.rule.vm")
+@pytest.mark.spec("api.set-tsc-khz.rule.vm")
 def test_the_frequency_of_vcpus_to_come() -> None:
     """On the VM fd; vCPUs that are there keep theirs, and then it is too late (EINVAL)."""
     host = KvmHost(Kvm("x86_64", tsc_scaling=True))
@@ -257,7 +255,7 @@ def test_the_frequency_of_vcpus_to_come() -> None:
     assert [1_000_000] * 2 == [fd.ioctl(requests.KVM_GET_TSC_KHZ) for fd in (vm, vcpu)]
 
 
-@spec("api.set-tsc-khz.rule.zero")
+@pytest.mark.spec("api.set-tsc-khz.rule.zero")
 def test_zero_is_the_hosts_for_vcpus_to_come() -> None:
     """As on the vCPU fd."""
     vm = KvmHost(Kvm("x86_64", tsc_scaling=True)).create_vm()
@@ -266,7 +264,7 @@ def test_zero_is_the_hosts_for_vcpus_to_come() -> None:
     assert (0, KHZ) == (vm.ioctl(requests.KVM_SET_TSC_KHZ, 0), vm.ioctl(requests.KVM_GET_TSC_KHZ))
 
 
-@spec("api.set-tsc-khz.EINVAL.range")
+@pytest.mark.spec("api.set-tsc-khz.EINVAL.range")
 def test_a_frequency_that_cannot_be_scaled_to() -> None:
     """The maximum itself is out; on the VM fd and on the vCPU's, where it is not kept."""
     maximum = 0x7FFF_FFFF
@@ -280,7 +278,7 @@ def test_a_frequency_that_cannot_be_scaled_to() -> None:
     assert maximum - 1 == khz(machine)
 
 
-@spec("api.set-tsc-khz.EINVAL.range")
+@pytest.mark.spec("api.set-tsc-khz.EINVAL.range")
 @pytest.mark.parametrize(("wanted", "answer"), [(2_599_350, 0), (2_599_349, "EINVAL"), (2_600_650, 0), (9_000_000, 0)])
 def test_a_host_without_scaling_cannot_be_slowed_down(wanted: int, answer: object) -> None:
     """By more than 250 parts in a million. What was refused is read back all the same."""
@@ -307,7 +305,7 @@ def test_a_faster_tsc_than_the_hosts_is_caught_up_at_each_entry() -> None:
 # Offsets and the TSC's MSRs
 
 
-@spec("vcpu.tsc.offset", "vcpu.tsc.offset.rule.equation", "api.cap.vcpu-attributes")
+@pytest.mark.spec("vcpu.tsc.offset", "vcpu.tsc.offset.rule.equation", "api.cap.vcpu-attributes")
 def test_the_offset_of_a_vcpu() -> None:
     """It is there; host TSC plus offset is what the guest reads."""
     vm = X86Vm()
@@ -319,7 +317,7 @@ def test_the_offset_of_a_vcpu() -> None:
     assert (2**64 - TSC_START + 5, 5) == (offset(vm), get_msr(vm, x86.MSR_IA32_TSC))
 
 
-@spec("vcpu.tsc.offset.rule.any-time")
+@pytest.mark.spec("vcpu.tsc.offset.rule.any-time")
 def test_the_offset_changes_after_the_first_run() -> None:
     """As before it."""
 
@@ -332,7 +330,7 @@ def test_the_offset_changes_after_the_first_run() -> None:
     in_time(body)
 
 
-@spec("vcpu.tsc.offset.ENXIO.unsupported", "vcpu.tsc.offset.EFAULT.user-ptr")
+@pytest.mark.spec("vcpu.tsc.offset.ENXIO.unsupported", "vcpu.tsc.offset.EFAULT.user-ptr")
 @pytest.mark.parametrize(
     "request_", [requests.KVM_SET_DEVICE_ATTR, requests.KVM_GET_DEVICE_ATTR, requests.KVM_HAS_DEVICE_ATTR]
 )
@@ -346,7 +344,7 @@ def test_attributes_that_a_vcpu_has_not(request_: int) -> None:
     assert ["ENXIO", "ENXIO", 0 if request_ == requests.KVM_HAS_DEVICE_ATTR else "EFAULT"] == answers
 
 
-@spec(
+@pytest.mark.spec(
     "api.set-device-attr.ENOTTY.x86-ppc-vm",
     "api.get-device-attr.ENOTTY.x86-ppc-vm",
     "api.has-device-attr.ENOTTY.x86-ppc-vm",
@@ -362,7 +360,7 @@ def test_an_x86_vm_has_no_attributes(request_: int) -> None:
     assert 0 == vm.vm.check_extension(uapi.KVM_CAP_VM_ATTRIBUTES)
 
 
-@spec("api.cap.sys-attributes")
+@pytest.mark.spec("api.cap.sys-attributes")
 def test_attributes_of_the_system_fd() -> None:
     """To be read, and asked for; not to be written: it knows no such request, which is EINVAL there."""
     host = X86Vm().host
@@ -455,7 +453,7 @@ def test_a_tsc_deadline_fires_when_the_tsc_gets_there() -> None:
 # What the guest is told
 
 
-@spec("api.get-clock.rule.stable")
+@pytest.mark.spec("api.get-clock.rule.stable")
 def test_the_page_says_what_the_clock_says() -> None:
     """A reader of the page gets, from any later TSC, the clock that KVM_GET_CLOCK has."""
 
@@ -612,7 +610,7 @@ def steal(vm: X86Vm) -> tuple[int, int, int]:
     return ns, version, preempted
 
 
-@spec("api.cap.steal-time")
+@pytest.mark.spec("api.cap.steal-time")
 def test_stolen_time_is_told() -> None:
     """Two vCPUs on one physical CPU: what one computes the other waits, also within one KVM_RUN."""
 

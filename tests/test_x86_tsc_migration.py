@@ -16,8 +16,6 @@ from fabric.uapi import ioctl as requests
 from fabric.uapi import x86
 from fabric.uapi.x86 import KvmClockData, KvmMsrEntry, KvmMsrs
 
-spec = pytest.mark.spec
-
 SECOND = 1_000_000_000
 REAL = 1_700_000_000 * SECOND
 REALTIME, HOST_TSC = x86.KVM_CLOCK_REALTIME, x86.KVM_CLOCK_HOST_TSC
@@ -159,7 +157,7 @@ def moves(dest_options: dict[str, Any], pause: int, source_options: dict[str, An
     return result
 
 
-@spec("vcpu.seq.tsc-migration", "vcpu.seq.tsc-migration.note.invariant")
+@pytest.mark.spec("vcpu.seq.tsc-migration", "vcpu.seq.tsc-migration.note.invariant")
 @pytest.mark.parametrize("dest", [SAME, FASTER], ids=["same frequency", "scaled"])
 def test_the_guests_tsc_counts_on_through_the_pause(dest: dict[str, Any]) -> None:
     """As the clock does; all vCPUs agree, and the clock is stable."""
@@ -170,7 +168,7 @@ def test_the_guests_tsc_counts_on_through_the_pause(dest: dict[str, Any]) -> Non
     assert (0, 14) == (found["apart"], found["flags"])
 
 
-@spec("vcpu.seq.tsc-migration.note.scaling", "vcpu.seq.tsc-migration.note.dst-khz")
+@pytest.mark.spec("vcpu.seq.tsc-migration.note.scaling", "vcpu.seq.tsc-migration.note.dst-khz")
 def test_a_source_that_scales_too() -> None:
     """Back from a host of another frequency: both hosts' TSCs go into the formula scaled."""
     found = moves(SOURCE | {"tsc_scaling": True}, SECOND, FASTER)
@@ -179,7 +177,7 @@ def test_a_source_that_scales_too() -> None:
     assert abs(found["cycles"] - found["clock"] * 31 // 10) <= 3
 
 
-@spec("vcpu.seq.tsc-migration.4-dst-set-clock", "api.set-clock.rule.never-back")
+@pytest.mark.spec("vcpu.seq.tsc-migration.4-dst-set-clock", "api.set-clock.rule.never-back")
 @pytest.mark.parametrize(("error", "shown"), [(5 * SECOND, 8 * SECOND), (-SECOND, 2 * SECOND), (-5 * SECOND, 0)])
 def test_a_wall_clock_that_is_wrong(error: int, shown: int) -> None:
     """TSC and clock are off by it, both by the same; never do they go back."""
@@ -212,7 +210,7 @@ def test_any_two_hosts(tsc_start: int, khz: int, error: int, pause: int) -> None
 # Step by step
 
 
-@spec("vcpu.seq.tsc-migration.1-src-clock", "vcpu.seq.tsc-migration.note.flags")
+@pytest.mark.spec("vcpu.seq.tsc-migration.1-src-clock", "vcpu.seq.tsc-migration.note.flags")
 def test_step_1_the_sources_clocks() -> None:
     """Host TSC, clock and real time of one moment. With TSCs that differ there are none to go by."""
 
@@ -227,7 +225,7 @@ def test_step_1_the_sources_clocks() -> None:
     fabric.run(body)
 
 
-@spec("vcpu.seq.tsc-migration.2-src-offsets")
+@pytest.mark.spec("vcpu.seq.tsc-migration.2-src-offsets")
 def test_step_2_the_offsets() -> None:
     """Of every vCPU; what the guest reads is the host's TSC plus that."""
 
@@ -240,7 +238,7 @@ def test_step_2_the_offsets() -> None:
     fabric.run(body)
 
 
-@spec("vcpu.seq.tsc-migration.3-src-khz")
+@pytest.mark.spec("vcpu.seq.tsc-migration.3-src-khz")
 def test_step_3_the_frequency() -> None:
     """In kHz, of the guest and not of the host."""
 
@@ -252,7 +250,7 @@ def test_step_3_the_frequency() -> None:
     fabric.run(body)
 
 
-@spec("vcpu.seq.tsc-migration.4-dst-set-clock", "vcpu.seq.tsc-migration.5-dst-clock")
+@pytest.mark.spec("vcpu.seq.tsc-migration.4-dst-set-clock", "vcpu.seq.tsc-migration.5-dst-clock")
 def test_steps_4_and_5_the_destinations_clock() -> None:
     """It is moved on by what has passed, and read back with the destination's TSC."""
 
@@ -267,7 +265,7 @@ def test_steps_4_and_5_the_destinations_clock() -> None:
     fabric.run(body)
 
 
-@spec("vcpu.seq.tsc-migration.6-compute", "vcpu.seq.tsc-migration.note.units")
+@pytest.mark.spec("vcpu.seq.tsc-migration.6-compute", "vcpu.seq.tsc-migration.note.units")
 def test_step_6_ns_times_khz_are_millionths_of_a_cycle() -> None:
     """The product is divided by 10**6; taken as it is printed the TSC is years off."""
     sent = Sent(KvmClockData(100), [7, 2**64 - 1], 2_000_000, 1000)
@@ -277,7 +275,7 @@ def test_step_6_ns_times_khz_are_millionths_of_a_cycle() -> None:
     assert literal != new_offsets(sent, 120, 300)
 
 
-@spec("vcpu.seq.tsc-migration.note.arithmetic")
+@pytest.mark.spec("vcpu.seq.tsc-migration.note.arithmetic")
 @given(
     st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=4),
     st.integers(0, 2**63),
@@ -299,7 +297,7 @@ def test_step_6_rounds_all_vcpus_alike(
     assert (before - after) % (2**64 * 1_000_000) < 1_000_000
 
 
-@spec("vcpu.seq.tsc-migration.7-write")
+@pytest.mark.spec("vcpu.seq.tsc-migration.7-write")
 def test_step_7_until_all_offsets_are_written_the_clock_is_not_stable() -> None:
     """And when they are, it is again."""
 
@@ -317,7 +315,7 @@ def test_step_7_until_all_offsets_are_written_the_clock_is_not_stable() -> None:
     fabric.run(body)
 
 
-@spec("vcpu.seq.tsc-migration.note.dst-khz")
+@pytest.mark.spec("vcpu.seq.tsc-migration.note.dst-khz")
 def test_without_the_frequency_the_tsc_counts_wrongly() -> None:
     """The destination needs KVM_SET_TSC_KHZ; the document does not say it."""
 
