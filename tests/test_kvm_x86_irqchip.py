@@ -116,6 +116,55 @@ def test_vcpu_ids() -> None:
     plain.vm.create_vcpu(4095)
 
 
+def fail(*_: Any, **__: Any) -> Any:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("call", "allocated"),
+    [
+        pytest.param(
+            lambda pc: pc.vm.ioctl(requests.KVM_CREATE_IRQCHIP),
+            "fabric.kvm.x86_irqchip.X86Irqchip",
+            marks=pytest.mark.spec("api.create-irqchip.ENOMEM.alloc"),
+        ),
+        pytest.param(
+            lambda pc: pc.vm.ioctl(requests.KVM_CREATE_PIT2, bytearray(64)),
+            "fabric.kvm.x86_pit.Pit",
+            marks=pytest.mark.spec("api.create-pit2.ENOMEM.alloc"),
+        ),
+        *(
+            pytest.param(
+                lambda pc: pc.vm.create_vcpu(7), allocated, marks=pytest.mark.spec("api.create-vcpu.ENOMEM.alloc")
+            )
+            for allocated in ("fabric.kvm.x86.Lapic", "fabric.kvm.x86.X86VcpuPart", "fabric.kvm.vm_fd.VcpuFile")
+        ),
+        pytest.param(
+            lambda pc: pc.lapic(),
+            "fabric.devices.x86.lapic.Lapic.state",
+            marks=pytest.mark.spec("api.get-lapic.ENOMEM.alloc"),
+        ),
+    ],
+)
+def test_an_allocation_that_fails(call: Any, allocated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOMEM, and the state before; with memory the same call succeeds."""
+    pc = Pc(0, irqchip="") if "Irqchip" in allocated else Pc()
+    vm = pc.inside
+
+    def state() -> Any:
+        return len(vm.vcpus), vm.irqchip, vm.irqchip and (len(vm.irqchip.apics.apics), vm.irqchip.pit)
+
+    before = state()
+    with monkeypatch.context() as patch:
+        patch.setattr(allocated, fail)
+        assert "ENOMEM" == outcome(call, pc)
+    assert before == state()
+
+    call(pc)
+    if "state" not in allocated:
+        assert before != state()
+
+
 # -- lines
 
 

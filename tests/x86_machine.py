@@ -166,6 +166,7 @@ class Apics:
             vcpu = FakeX86Vcpu(self.vm, vcpu_id, index)
             self.vm.vcpus.append(vcpu)
             apic = Lapic(self.bus, vcpu)
+            self.bus.add(apic)
             self.apics.append(apic)
             if x2apic[index] if isinstance(x2apic, list) else x2apic:
                 apic.set_base(apic.base | BASE_X2APIC)

@@ -224,7 +224,8 @@ class X86(Architecture):
         return vcpu, X86VcpuPart(vcpu)
 
     def vcpu_created(self, file: VcpuFile) -> None:
-        pass
+        if file.vm.irqchip is not None:
+            file.vm.irqchip.apics.add(file.part.vcpu.cpu_interface)
 
     def first_run(self, file: VcpuFile) -> None:
         file.vcpu.has_run = True

@@ -96,7 +96,7 @@ class _HotFields:
 
 
 class Lapic(_HotFields, MmioHandler):
-    """One local APIC; ``vcpu.cpu_interface``.
+    """One local APIC; ``vcpu.cpu_interface``. Who makes it adds it to the bus, when nothing can go wrong any more.
 
     Attributes that others read: ``line`` (the CPU has something to take), ``irr``, ``isr``, ``tmr``, and what the
     :class:`~fabric.devices.x86.apic_bus.ApicBus` matches destinations with.
@@ -148,7 +148,6 @@ class Lapic(_HotFields, MmioHandler):
         self.ldr = self.xapic_id = 0
         vcpu.cpu_interface = self
         self.reset(init=False)
-        bus.add(self)
 
     @property
     def events(self) -> IrqEvents | None:
