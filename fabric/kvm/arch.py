@@ -64,6 +64,8 @@ class Architecture(ABC):
     max_vcpus: ClassVar[int]
     gpa_errno: ClassVar[int] = errno.EINVAL
     """What a memory slot beyond the guest's addresses gets."""
+    address_spaces: int = 1
+    """Of memory slots (KVM_CAP_MULTI_ADDRESS_SPACE)."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options

@@ -89,7 +89,9 @@ class Vm:
         self.clock: Clock = kvm.clock
         self.options = arch.options
         self.ipa_bits = arch.address_bits(machine_type)
-        self.memory = GuestMemory(kvm.user_memory, gpa_bits=self.ipa_bits, gpa_errno=arch.gpa_errno)
+        self.memory = GuestMemory(
+            kvm.user_memory, gpa_bits=self.ipa_bits, gpa_errno=arch.gpa_errno, address_spaces=arch.address_spaces
+        )
         room = arch.options["io_bus_devices"]
         self.mmio = AddressSpace(f"{name}.mmio", room)
         self.pio = AddressSpace(f"{name}.pio", room)

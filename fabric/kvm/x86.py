@@ -75,6 +75,8 @@ CAPABILITIES: dict[int, int] = {
         1,
     ),
     uapi.KVM_CAP_ADJUST_CLOCK: KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
+    uapi.KVM_CAP_COALESCED_MMIO: 2,  # the page of the run area where the ring is
+    uapi.KVM_CAP_READONLY_MEM: 1,
     uapi.KVM_CAP_MCE: 32,
     uapi.KVM_CAP_X86_DISABLE_EXITS: 14,
     uapi.KVM_CAP_DISABLE_QUIRKS2: 0x5FF,
@@ -168,6 +170,7 @@ class X86(Architecture):
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
         smm, hyperv, xen = (int(options[name]) for name in ("smm", "hyperv", "xen"))
+        self.address_spaces = 1 + smm
         self._capabilities = {
             **CAPABILITIES,
             uapi.KVM_CAP_NR_VCPUS: options["host_cpus"],
@@ -175,6 +178,7 @@ class X86(Architecture):
             uapi.KVM_CAP_MAX_VCPUS: MAX_VCPUS,
             uapi.KVM_CAP_MAX_VCPU_ID: MAX_VCPU_IDS,
             uapi.KVM_CAP_X86_SMM: smm,
+            uapi.KVM_CAP_MULTI_ADDRESS_SPACE: 2 * smm,
             uapi.KVM_CAP_INTR_SHADOW: 1,
             **dict.fromkeys(x86_hyperv.CAPABILITIES, hyperv),
             uapi.KVM_CAP_XEN_HVM: xen,

@@ -31,7 +31,7 @@ from fabric.uapi.x86 import (
     MSR_KVM_WALL_CLOCK,
     MSR_KVM_WALL_CLOCK_NEW,
 )
-from fabric.vcpu.x86_pv import ASYNC_PF_RESERVED, ENABLED, PV_EOI_ALIGN, STEAL_RESERVED, Paravirt
+from fabric.vcpu.x86_pv import ASYNC_PF_ON, ASYNC_PF_RESERVED, ENABLED, PV_EOI_ALIGN, STEAL_RESERVED, Paravirt
 
 if TYPE_CHECKING:
     from fabric.vcpu.x86 import X86Vcpu
@@ -120,7 +120,10 @@ def _paravirtual(
 
 
 def _set_pv_eoi(pv: Paravirt, value: int, _host: bool) -> None:
-    if (value & ~ENABLED) % PV_EOI_ALIGN or pv.vcpu.cpu_interface is None:
+    at = value & ~ENABLED
+    if at % PV_EOI_ALIGN or pv.vcpu.cpu_interface is None:
+        raise BadMsr
+    if value & ENABLED and not pv.memory.is_writable(at):
         raise BadMsr
     pv.pv_eoi = value
 
@@ -135,6 +138,8 @@ def _set_async_pf(pv: Paravirt, value: int, _host: bool) -> None:
     if value & ASYNC_PF_RESERVED or (pv.vcpu.cpu_interface is None and value):
         raise BadMsr
     pv.async_pf = value
+    if value & ASYNC_PF_ON == ASYNC_PF_ON and not pv.memory.is_writable(value & ~0x3F, 8):
+        raise BadMsr  # and is read back all the same
 
 
 def _acknowledge_async_pf(_pv: Paravirt, _value: int, _host: bool) -> None:

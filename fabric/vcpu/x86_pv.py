@@ -28,6 +28,8 @@ STEAL_RESERVED = 0x3E
 STEAL_VERSION, STEAL_PREEMPTED, STEAL_SIZE = 8, 16, 64
 """Offsets in struct kvm_steal_time, whose first member is the stolen time in ns."""
 ASYNC_PF_RESERVED = 0x30
+ASYNC_PF_ON = 1 | 8
+"""Enabled, and told of by an interrupt: nothing else is."""
 VCPU_PREEMPTED = 1
 PV_EOI_ALIGN = 4
 
