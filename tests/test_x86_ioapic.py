@@ -322,6 +322,18 @@ def test_state_goes_round(chip: Chip) -> None:
     assert state["redirtbl"][6] == other.entry(6)
 
 
+def test_an_edge_that_was_not_sent_is_in_the_state(chip: Chip) -> None:
+    """One that met a masked entry, also after another one of that input went out."""
+    chip.set_entry(6, 0x61)
+    chip.line(6)
+    assert 0 == chip.ioapic.state()["irr"]
+    chip.line(6, 0)
+    chip.write(TABLE + 12, MASKED | 0x61)
+    chip.line(6)
+
+    assert 1 << 6 == chip.ioapic.state()["irr"]
+
+
 def test_with_local_apics(chip: Chip) -> None:
     """Line, message, IRR, ISR, EOI at the local APIC, and the next one: the whole way of a level."""
     machine = Apics([0, 1], whole=True)

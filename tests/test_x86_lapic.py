@@ -179,6 +179,19 @@ def test_an_interrupt_in_service_can_wait_again() -> None:
     assert (3, 2, 1) == (apic.ledger.raised, apic.ledger.delivered, apic.ledger.coalesced)
 
 
+def test_after_the_last_eoi_tpr_counts() -> None:
+    """11.8.3.1: with nothing in service the processor priority is the task priority."""
+    apic = one()
+    apic.write(TPR, 0x30)
+    raise_(apic, 0x41)
+    apic.take()
+    raise_(apic, 0x21)
+    apic.write(EOI, 0)
+
+    assert 0x30 == apic.read(PPR)
+    assert not apic.line
+
+
 def test_eoi_without_an_interrupt() -> None:
     """Nothing is in service: nothing happens."""
     apic = one()
@@ -587,6 +600,22 @@ def test_a_restored_timer_goes_on(mode: int) -> None:
     assert 1 << 0x41 == other.apics[0].irr
 
 
+def test_a_restored_periodic_timer_without_a_count() -> None:
+    """A current count of 0 is a whole period to go."""
+    machine = Apics([0])
+    apic = machine.apics[0]
+    page = bytearray(apic.state())
+    page[TDCR : TDCR + 4] = (11).to_bytes(4, "little")
+    page[LVTT : LVTT + 4] = (0x41 | PERIODIC).to_bytes(4, "little")
+    page[TMICT : TMICT + 4] = (1_000_000).to_bytes(4, "little")
+    apic.set_state(bytes(page))
+    machine.clock.advance(999_999)
+    assert 0 == apic.irr
+    machine.clock.advance(1)
+
+    assert 1 << 0x41 == apic.irr
+
+
 # -- against a model ----------------------------------------------------------------------------------------
 
 SOME_VECTORS = st.sampled_from([0x10, 0x31, 0x32, 0x3F, 0x41, 0x80, 0xEF, 0xFE, 0xFF])
@@ -688,7 +717,7 @@ class LapicMachine(RuleBasedStateMachine):
             self.ends.append((vector, vector in self.levels))
         self.apic.write(EOI, 0)
 
-    @rule(tpr=st.integers(0, 255))
+    @rule(tpr=st.one_of(st.integers(0, 0x4F), st.integers(0, 0xFF)))
     def set_tpr(self, tpr: int) -> None:
         self.tpr = tpr
         self.apic.write(TPR, tpr)
