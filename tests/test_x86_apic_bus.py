@@ -77,6 +77,13 @@ def test_wide_ids_in_xapic_mode() -> None:
     assert ["INIT"] == machine.vm.vcpus[1].received
 
 
+def test_an_xapic_id_that_is_taken() -> None:
+    """With the 32-bit format who has an id in full comes before one whose low byte it is."""
+    machine = Apics([5, 0x105], x2apic=[True, False], wide=True)
+
+    assert (1, [0]) == send(machine, 5)
+
+
 @given(st.permutations([0, 1, 2]), st.lists(st.booleans(), min_size=3, max_size=3))
 @settings(deadline=None, max_examples=30)
 def test_mixed_modes_physical(ids: list[int], modes: list[bool]) -> None:

@@ -291,6 +291,15 @@ def test_too_short_a_period_is_stretched(board: Board) -> None:
     assert 5 == board.raised
 
 
+def test_the_counter_of_a_stretched_period(board: Board) -> None:
+    """It shows what is left until the next tick: as if the period of 200 us had begun before the load."""
+    board.program(0, 2, 100)
+    left = to_ns(100)
+    passed = (200_000 - left) * FREQUENCY // SECOND
+
+    assert 100 - passed % 100 == board.count(0)
+
+
 def test_a_new_mode_without_a_count_goes_on(board: Board) -> None:
     """The control word alone does not stop the timer."""
     board.program(0, 2, COUNT)
