@@ -144,6 +144,13 @@ def test_mixed_modes_logical() -> None:
     assert (NOBODY, [0, 1]) == send(machine, 8, logical=True)
 
 
+def test_an_xapic_without_a_logical_id() -> None:
+    """Where all that have a logical id are in x2APIC mode, KVM finds members by id, in whatever mode they are."""
+    machine = Apics([0, 1], x2apic=[False, True])
+
+    assert (1, [0]) == send(machine, 1, logical=True)
+
+
 def test_a_disabled_apic_is_not_in_the_map() -> None:
     """A LDR counts when the local APIC is enabled by software."""
     machine = Apics([0, 1])
@@ -350,6 +357,8 @@ def test_the_map_finds_who_would_answer(
         if spec["on"]:
             apic.write(SVR, 0x1FF)
         if not mode:
+            if any(modes):
+                spec["ldr"] = spec["ldr"] or 0x40  # without one: test_an_xapic_without_a_logical_id
             apic.write(LDR, spec["ldr"] << 24)
             apic.write(DFR, CLUSTER if spec["cluster"] else 0xFFFF_FFFF)
     if not all(modes):
