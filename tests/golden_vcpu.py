@@ -13,6 +13,7 @@ from typing import Any
 
 from golden_replay import COMMAND_GPA, RESULT_GPA, Op, Replayer, Tally, load, replay
 
+from fabric.errors import KvmError
 from fabric.kvm import Kvm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
@@ -72,8 +73,11 @@ class VcpuReplayer(Replayer):
             view = self.kvm.mmap(fd, uapi.PAGE_SIZE)
             if not self.kvm.vcpu(fd).has_guest:
                 self.kvm.load(fd, self.program)
+            try:
+                await self.kvm.run(fd)
+            except KvmError as error:
+                return {"errno": errno.errorcode[error.errno or 0]}, None
             self.loaded[op["on"]] = view
-            await self.kvm.run(fd)
         await self.kvm.run(fd)
         await self.kvm.run(fd)
         return 0, self.result

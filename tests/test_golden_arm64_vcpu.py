@@ -17,6 +17,7 @@ FILES = {
     "14-pmu": (12, 708),
     "15-pmu-fuzz": (40, 7065),
     "16-hypercalls": (11, 1261),
+    "17-timers": (42, 6731),
 }
 
 
@@ -41,6 +42,10 @@ FILES = {
     "vcpu.pvtime.ipa.EINVAL.no-slot",
     "vcpu.pmu.filter.rule.sw-incr",
     "vcpu.pmu.filter.rule.chain",
+    "api.reg.timer-ctl",
+    "api.reg.timer-cval",
+    "vcpu.timer.vtimer.note.ebusy-scope",
+    "vcpu.timer.ptimer.note.ebusy-scope",
 )
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_answers_are_those_of_the_kernel(name: str) -> None:

@@ -79,6 +79,61 @@ def test_reasons_add_up_and_are_listed_in_order() -> None:
     assert [("disabled LPI", 2), ("vm closed", 4)] == list(ledger.statement().dropped.items())
 
 
+def holding(pending: int, in_flight: int = 0, raised: int = 0) -> Ledger:
+    """The ledger of a VM that holds interrupts; those in flight are not counted as raised yet."""
+    ledger = Ledger()
+    ledger.raised = raised or pending
+    ledger.delivered = ledger.raised - pending
+    ledger.add_pending_probe(lambda: pending)
+    ledger.add_in_flight_probe(lambda: in_flight)
+    return ledger
+
+
+def test_what_is_handed_over_is_not_in_the_account() -> None:
+    """Neither raised nor pending; what is in flight stays. Then the account stands still, to its end as well."""
+    ledger = holding(2, in_flight=1, raised=5)
+    ledger.hand_over()
+
+    assert LedgerStatement(raised=4, delivered=3, pending=1) == ledger.statement()
+    assert 2 == ledger.handed_over
+    ledger.raised += 7
+    ledger.drop("nobody's")
+    assert LedgerStatement(raised=4, delivered=3, dropped={"vm closed": 1}) == ledger.close("vm closed")
+
+
+def test_what_was_handed_over_can_be_taken_back() -> None:
+    """The account is as it was; taking back what was not handed over does nothing."""
+    ledger = holding(2, raised=5)
+    before = ledger.statement()
+    ledger.take_back()
+    ledger.hand_over()
+    ledger.take_back()
+
+    assert before == ledger.statement()
+    assert 0 == ledger.handed_over
+
+
+def test_an_account_that_does_not_balance_is_not_handed_over() -> None:
+    """Its mistake would be lost with it."""
+    ledger = holding(2, raised=5)
+    ledger.raised += 1
+
+    with pytest.raises(LedgerError, match="1 lost"):
+        ledger.hand_over()
+
+
+def test_what_is_taken_over_begins_an_account() -> None:
+    """Whatever it took to make it pending. What is missing was lost on the way; more is an error."""
+    ledger = holding(2, raised=9)
+    ledger.take_over(2, "lost")
+    assert LedgerStatement(raised=2, pending=2) == ledger.statement()
+    ledger.take_over(3, "lost")
+    assert LedgerStatement(raised=3, pending=2, dropped={"lost": 1}) == ledger.statement()
+
+    with pytest.raises(LedgerError, match="1 interrupts were handed over, and 2 are pending"):
+        ledger.take_over(1, "lost")
+
+
 def test_a_removed_probe_is_not_asked() -> None:
     """A device that went away holds nothing."""
     ledger = Ledger()

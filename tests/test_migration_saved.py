@@ -444,6 +444,72 @@ def test_an_access_in_the_middle_of_a_save() -> None:
     assert [77] == values
 
 
+def listen(vm: ArmVm, log: list[tuple[object, ...]]) -> None:
+    """Note what the interrupt controller tells."""
+
+    class Listener:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            if name not in ("pending", "coalesced", "acknowledged", "completed", "dropped"):
+                raise AttributeError(name)
+            return lambda *details: log.append((fabric.now(), name, *details))
+
+    vm.host.kvm.vm(vm.fd.fd).listen(Listener())
+
+
+def test_an_lpi_that_is_being_handled_ends() -> None:
+    """It has no active state; still its end is one, as its priority was restored."""
+    log: list[tuple[object, ...]] = []
+
+    async def main() -> None:
+        seen: list[object] = []
+        first, second = machine(taker(seen, 50), its=True), blank()
+        first.fd.signal_msi(DOORBELL, 0, 8)
+        await stop_at(20, first.vcpus[0])
+        restore(save(first), second)
+        listen(second, log)
+        await second.vcpus[0].run()
+        assert [(0, 8192)] == seen
+
+    fabric.run(main)
+
+    assert [(50, "completed", 0, 8192)] == log
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_timer_that_is_due_raises_its_interrupt_once(version: int) -> None:
+    """Its line was restored, or latched; that the timer drives it again is nothing new."""
+    log: list[tuple[object, ...]] = []
+
+    async def program(cpu: Any) -> None:
+        await cpu.msr("CNTV_CVAL_EL0", 0)
+        await cpu.msr("CNTV_CTL_EL0", 1)
+        await cpu.compute(200)
+
+    async def main() -> None:
+        made = Arm(1, memory=True, gic=False, host_gic=version)
+        if version == 2:
+            made.gic = made.vm.create_device(uapi.KVM_DEV_TYPE_ARM_VGIC_V2)
+            made.gic.set_attr(0, arm.KVM_VGIC_V2_ADDR_TYPE_DIST, 0x0800_0000)
+            made.gic.set_attr(0, arm.KVM_VGIC_V2_ADDR_TYPE_CPU, 0x0801_0000)
+            made.gic.set_attr(4, 0)
+        else:
+            made = Arm(1, memory=True)
+        made.vcpus[0].load(program)
+        first, second = known(made), blank(host_gic=version)
+        first.gic_version = version
+        await stop_at(100, first.vcpus[0])
+        restore(save(first), second)
+        listen(second, log)
+        assert LedgerStatement(raised=1, pending=1) == statement(second)
+        with trio.move_on_at(150e-9):
+            await second.vcpus[0].run()
+        assert LedgerStatement(raised=1, pending=1) == statement(second)
+
+    fabric.run(main)
+
+    assert [] == log
+
+
 # What a kernel does not keep, so that it is not kept here.
 
 

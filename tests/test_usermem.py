@@ -191,6 +191,20 @@ class TestSparseMemory:
 
         assert bytes(model) == memory.read(addr, len(model))
 
+    @pytest.mark.parametrize("touched", [3, 3_000])
+    def test_the_pages_that_were_written_to(self, touched: int) -> None:
+        """In order, within the range asked for; few pages in a large range or many in a small one."""
+        memory = SparseMemory()
+        addr = memory.map(1 << 32)
+        pages = [addr + 5 * PAGE * n for n in range(touched)]
+        for page in reversed(pages):
+            memory.write(page + 7, b"x")
+
+        assert pages == memory.written(addr, 1 << 32)
+        assert pages[1:3] == memory.written(addr + PAGE, 13 * PAGE)
+        assert pages[:2] == memory.written(addr, 6 * PAGE)
+        assert [] == memory.written(addr + PAGE, 4 * PAGE)
+
 
 class TestPointers:
     def test_a_buffer_ends_where_it_ends(self) -> None:

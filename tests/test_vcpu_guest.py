@@ -194,6 +194,30 @@ def test_it_sees_the_vcpu_it_is_on_and_no_other() -> None:
     assert [(10, SPI), (40, SPI + 3), (100, 6), (100, 7), (100, "end")] == fabric.run(main)
 
 
+@pytest.mark.parametrize("how", ["cancelled", "EINTR"])
+def test_an_access_is_answered_where_the_guest_is(how: str) -> None:
+    """A guest that was moved while the host handled its exit reads and writes the frames of the new VM."""
+
+    async def body(two: Two, cpu: Any) -> None:
+        two.note(await cpu.load(GICD + 0x6180, 4))  # GICD_IROUTER48
+        await cpu.store(GICD + 0x6188, 4, 5)
+
+    async def main() -> list[tuple[int, object]]:
+        two = Two(Costs(exit_ns=100))
+        two.load(body)
+        await two.stop(30, how)
+        two.second.set_gicd(0x6180, 7)
+        two.move()
+        here().timer(two.vcpu(two.second).interrupt).arm(150)
+        assert "EINTR" == await two.run(two.second)
+        two.move(two.second, two.first)
+        assert 0 == await two.run(two.first)
+        assert (5, 0) == (two.first.gicd(0x6188), two.second.gicd(0x6188))
+        return two.log
+
+    assert [(100, 7), (200, "end")] == fabric.run(main)
+
+
 def test_an_interrupt_that_came_at_the_stop_is_taken_on_the_new_vcpu() -> None:
     """A masked halt whose line rose when its KVM_RUN was cancelled does not run on while it is moved."""
 

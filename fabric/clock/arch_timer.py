@@ -156,7 +156,7 @@ class ArchTimer:
     the timer of a vCPU that is not, shows when it is loaded next.
     """
 
-    __slots__ = ("_stale", "_timer", "counter", "ctl", "cval", "intid", "level", "loaded", "offset", "sink")
+    __slots__ = ("_stale", "_timer", "counter", "ctl", "cval", "intid", "level", "loaded", "offset", "sink", "status")
 
     def __init__(
         self,
@@ -175,6 +175,8 @@ class ArchTimer:
         """Called with the new level whenever the line moves."""
         self.ctl = 0
         """CNTx_CTL_EL0 without ISTATUS."""
+        self.status = False
+        """ISTATUS as the register had it when the vCPU left KVM_RUN, for userspace."""
         self.cval = 0
         """CNTx_CVAL_EL0."""
         self.level = False
@@ -213,11 +215,14 @@ class ArchTimer:
     def put(self) -> None:
         """The vCPU leaves KVM_RUN."""
         # The deadline stays armed: programs leave and enter far more often than timers fire.
-        self.loaded = False
+        if self.loaded:
+            self.loaded = False
+            self.status = self.level or (self.ctl == ENABLE | IMASK and self.expired())
 
     def reset(self) -> None:
         """KVM_ARM_VCPU_INIT: disabled, line down. The compare value stays."""
         self.ctl = 0
+        self.status = False
         self._update()
 
     def _update(self) -> None:
@@ -358,8 +363,9 @@ class ArchTimers:
         """
         timer = self.virtual
         if reg_id == KVM_REG_ARM_TIMER_CTL:
-            # Unlike the guest, userspace sees ISTATUS of a disabled timer as well.
-            return timer.ctl | (ISTATUS if timer.expired() else 0)
+            # Unlike the guest, userspace sees ISTATUS of a disabled timer as well, and of one that had expired when
+            # the vCPU was last on a CPU, whatever the compare value and the counter are now.
+            return timer.ctl | (ISTATUS if timer.status or timer.expired() else 0)
         if reg_id == KVM_REG_ARM_TIMER_CNT:
             return timer.count()
         if reg_id == KVM_REG_ARM_TIMER_CVAL:
@@ -374,6 +380,7 @@ class ArchTimers:
         timer = self.virtual
         if reg_id == KVM_REG_ARM_TIMER_CTL:
             timer.ctl = value & _MASK32 & ~ISTATUS
+            timer.status = False
             timer.changed()
         elif reg_id == KVM_REG_ARM_TIMER_CNT:
             self.counter.set_virtual(value)

@@ -149,6 +149,7 @@ def _set_timer_irq(part: ArmVcpuPart, attr: int, ptr: Pointer) -> None:
     for other in part.shared.vcpus:
         other.vcpu.timers.virtual.intid = timers.virtual.intid
         other.vcpu.timers.physical.intid = timers.physical.intid
+        other.timers_renumbered()
 
 
 def _get_timer_irq(part: ArmVcpuPart, attr: int, ptr: Pointer) -> None:

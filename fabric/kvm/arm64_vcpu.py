@@ -44,6 +44,7 @@ class ArmVcpuPart:
     """What the KVM layer keeps for an arm64 vCPU, besides the vCPU itself."""
 
     __slots__ = (
+        "_timer_lines",
         "core",
         "events",
         "features",
@@ -72,6 +73,7 @@ class ArmVcpuPart:
         """The longest vectors, in quadwords."""
         self.sve_finalized = False
         self.timers_enabled = False
+        self._timer_lines: list[tuple[ArchTimer, WiredIrq]] = []
         self.core = bytearray(CORE_REGS_SIZE)
         """struct kvm_regs. Kept for its owner; guest programs have no registers."""
         self.events = arm.KvmVcpuEvents()
@@ -198,7 +200,13 @@ class ArmVcpuPart:
                     raise KvmError(errno.EINVAL, "the timer interrupts must be the same on all vCPUs")
             for timer, irq in lines:
                 self._wire(timer, irq)
+            self._timer_lines = lines
         self.timers_enabled = True
+
+    def timers_renumbered(self) -> None:
+        """Another vCPU gave the timers of this one other interrupts; once wired, they have these or none."""
+        for timer, irq in self._timer_lines:
+            timer.sink = partial(self.vm.irqchip.line_level, irq) if timer.intid == irq.intid else None
 
     def enable_pmu(self) -> None:
         """Wire the PMU to its interrupt. KvmError(EINVAL) with a PMU that was not set up."""

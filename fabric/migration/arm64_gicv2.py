@@ -42,7 +42,8 @@ BANKED: Final = (
     *interrupt_registers(0, SPIS, configurable=False),
     *range(GICD_SPENDSGIR, GICD_SPENDSGIR + arm.VGIC_NR_SGIS, 4),
 )
-"""What every vCPU has of its own, as it is restored; SGIs by sender."""
+"""What every vCPU has of its own, as it is restored. SGIs by sender come last: GICD_ISPENDR takes each for the vCPU's
+own, and is corrected."""
 INTERFACE: Final = (0x00, 0x04, 0x08, 0x1C, 0xD0, 0xD4, 0xD8, 0xDC)
 """GICC_CTLR, _PMR, _BPR, _ABPR, _APR0 to _APR3."""
 
@@ -121,8 +122,6 @@ def _write(vm: ArmVm, vcpu_id: int, registers: Registers) -> None:
             clear = offset - GICD_SPENDSGIR + GICD_CPENDSGIR
         if clear is not None:
             vm.controller.set_attr(DIST, vcpu_id << 32 | clear, ALL)
-        if offset == ISPENDR:
-            value &= -1 << arm.VGIC_NR_SGIS  # would come from the vCPU itself; GICD_SPENDSGIR knows the senders
         vm.controller.set_attr(DIST, vcpu_id << 32 | offset, value)
 
 

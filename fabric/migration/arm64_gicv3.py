@@ -49,8 +49,7 @@ GITS_CTLR, GITS_IIDR, GITS_CBASER, GITS_CWRITER, GITS_CREADR, GITS_BASER = 0x0, 
 def interrupt_registers(first: int, end: int, *, configurable: bool = True) -> list[int]:
     """Offsets of the registers of interrupts ``first`` to ``end`` that are in both frames, as they are restored.
 
-    What an interrupt is (group, trigger, priority) comes before its state, so that it is queued as what it is;
-    active before pending, or a level that is being handled would look like a new one.
+    What an interrupt is (group, trigger, priority) comes before its state, as when a guest sets it up.
     """
     bits = {
         IGROUPR: 1,
