@@ -68,9 +68,7 @@ class X86Irqchip:
         """The 8254, once it was created."""
         if not split:
             self.pic = Pic(vm.ledger, self.apics.set_extint, self.pin_ended, self.pin_masked)
-            self.ioapic = Ioapic(
-                self.apics, vm.ledger, self.pin_ended, self.pin_masked, resample=self.resample
-            )
+            self.ioapic = Ioapic(self.apics, vm.ledger, self.pin_ended, self.pin_masked, resample=self.resample)
             self.apics.eoi_listeners.append(self.ioapic.eoi)
             vm.mmio.add(ioapic_module.BASE, ioapic_module.SIZE, self.ioapic)
             for port, size in _PORTS:
