@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+import attrs
+
 from fabric.errors import KvmError
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Members, Pointer
 from fabric.uapi import ioctl as requests
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 NMI_VECTOR = 2
 MAX_EXCEPTION = 31
+SOFT = (3, 4)
+"""#BP and #OF, which instructions are made for."""
 _ALWAYS = x86.KVM_VCPUEVENT_VALID_NMI_PENDING | x86.KVM_VCPUEVENT_VALID_SHADOW | x86.KVM_VCPUEVENT_VALID_SMM
 _PAYLOAD, _TRIPLE = x86.KVM_VCPUEVENT_VALID_PAYLOAD, x86.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
 _ALL = _ALWAYS | x86.KVM_VCPUEVENT_VALID_SIPI_VECTOR | _PAYLOAD | _TRIPLE
@@ -45,13 +49,14 @@ def get_vcpu_events(file: VcpuFile, ptr: Pointer) -> None:
         flags |= _PAYLOAD
     if part.triple_fault_event:
         flags |= _TRIPLE
+    told = exception.nr not in SOFT  # of which the length of the instruction would have to be known
     events = KvmVcpuEvents(
         # Who does not know pending exceptions sees them as injected.
-        exception_injected=exception.injected or (exception.pending and not part.exception_payload),
+        exception_injected=told and (exception.injected or (exception.pending and not part.exception_payload)),
         exception_nr=exception.nr,
         exception_has_error_code=exception.has_error_code,
         exception_error_code=exception.error_code,
-        exception_pending=exception.pending and part.exception_payload,
+        exception_pending=told and exception.pending and part.exception_payload,
         exception_has_payload=exception.has_payload,
         exception_payload=exception.payload,
         interrupt_injected=vcpu.interrupt_injected and not vcpu.interrupt_soft,
@@ -92,8 +97,6 @@ def set_vcpu_events(file: VcpuFile, events: KvmVcpuEvents) -> None:
     smm = flags & x86.KVM_VCPUEVENT_VALID_SMM
     if smm and (events.smi_smm or events.smi_pending) and vcpu.mp_state == uapi.KVM_MP_STATE_INIT_RECEIVED:
         raise KvmError(errno.EINVAL, "a vCPU that waits for a SIPI is not in system management mode")
-    if flags & _TRIPLE and not part.triple_fault_event:
-        raise KvmError(errno.EINVAL, "triple faults need KVM_CAP_X86_TRIPLE_FAULT_EVENT")
 
     vcpu.exception = ExceptionState(
         events.exception_nr,
@@ -116,12 +119,16 @@ def set_vcpu_events(file: VcpuFile, events: KvmVcpuEvents) -> None:
     if flags & x86.KVM_VCPUEVENT_VALID_SIPI_VECTOR and vcpu.cpu_interface is not None:
         vcpu.sipi_vector = events.sipi_vector
     if smm:
+        if not file.vm.options["smm"] and (events.smi_smm or events.smi_pending or events.smi_smm_inside_nmi):
+            raise KvmError(errno.EINVAL, "this host has no system management mode")  # what came before is set
         vcpu.smm = bool(events.smi_smm)
         vcpu.smi_pending = bool(events.smi_pending)
         vcpu.smm_inside_nmi = bool(events.smi_smm and events.smi_smm_inside_nmi)
         if vcpu.cpu_interface is not None:
             vcpu.init_pending = bool(events.smi_latched_init)
     if flags & _TRIPLE:
+        if not part.triple_fault_event:
+            raise KvmError(errno.EINVAL, "triple faults need KVM_CAP_X86_TRIPLE_FAULT_EVENT")  # all else is set
         vcpu.triple_fault = bool(events.triple_fault_pending)
 
 
@@ -131,7 +138,9 @@ def nmi(file: VcpuFile, _arg: int) -> None:
 
 
 def smi(file: VcpuFile, _arg: int) -> None:
-    """KVM_SMI."""
+    """KVM_SMI. ENOTTY on a host without system management mode."""
+    if not file.vm.options["smm"]:
+        raise KvmError(errno.ENOTTY, "this host has no system management mode")
     file.part.vcpu.receive_smi()
 
 
@@ -181,16 +190,16 @@ def get_regs(file: VcpuFile, ptr: Pointer) -> None:
 
 
 def set_regs(file: VcpuFile, regs: KvmRegs) -> None:
-    """KVM_SET_REGS; an exception that was about to be injected is forgotten."""
+    """KVM_SET_REGS; an exception that is pending, and not injected, is so no longer."""
     file.part.vcpu.regs = regs.with_(rflags=regs.rflags | 2)
-    file.part.vcpu.exception = ExceptionState()
+    file.part.vcpu.exception = attrs.evolve(file.part.vcpu.exception, pending=False)
 
 
 def get_sregs(file: VcpuFile, ptr: Pointer) -> None:
-    """KVM_GET_SREGS: with the vector that is being injected, unless the irqchip is in the kernel."""
+    """KVM_GET_SREGS: with the vector that is being injected."""
     vcpu = file.part.vcpu
     bitmap = 0
-    if vcpu.interrupt_injected and not vcpu.interrupt_soft and file.vm.irqchip is None:
+    if vcpu.interrupt_injected and not vcpu.interrupt_soft:
         bitmap = 1 << vcpu.interrupt_nr
     words = tuple(bitmap >> 64 * n & (1 << 64) - 1 for n in range(4))
     ptr.write(vcpu.sregs.with_(cr8=vcpu.cr8, apic_base=vcpu.apic_base, interrupt_bitmap=words).pack())
@@ -207,7 +216,7 @@ def set_sregs(file: VcpuFile, sregs: KvmSregs) -> None:
     if sregs.cr8 <= MAX_CR8:
         vcpu.cr8 = sregs.cr8
     bitmap = sum(word << 64 * n for n, word in enumerate(sregs.interrupt_bitmap))
-    if bitmap and file.vm.irqchip is None:
+    if bitmap:
         vcpu.interrupt_injected, vcpu.interrupt_soft = True, False
         vcpu.interrupt_nr = (bitmap & -bitmap).bit_length() - 1
 

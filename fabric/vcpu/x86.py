@@ -170,6 +170,8 @@ class X86Vcpu(Vcpu):
         self.external_vector: int | None = None
         """KVM_INTERRUPT with a split irqchip: the vector that the VMM's PIC gave."""
         self.unhalted = False
+        self.exception = ExceptionState()
+        self.interrupt_nr = 0
         self.clear_events()
         self.reset_registers()
         vm.ledger.add_pending_probe(self._count_nmis)
@@ -403,9 +405,8 @@ class X86Vcpu(Vcpu):
 
     def clear_events(self) -> None:
         """Nothing is being injected, and nothing waits."""
-        self.forget_exception()
+        self.exception = attrs.evolve(self.exception, injected=False, pending=False)  # the rest can still be read
         self.interrupt_injected = self.interrupt_soft = False
-        self.interrupt_nr = 0
         self.interrupt_shadow = 0
         self.nmi_injected = self.nmi_masked = False
         self.vm.ledger.drop("vCPU reset", self._count_nmis())

@@ -121,11 +121,17 @@ def _paravirtual(
 
 def _set_pv_eoi(pv: Paravirt, value: int, _host: bool) -> None:
     at = value & ~ENABLED
-    if at % PV_EOI_ALIGN or pv.vcpu.cpu_interface is None:
+    if at % PV_EOI_ALIGN:
         raise BadMsr
     if value & ENABLED and not pv.memory.is_writable(at):
         raise BadMsr
     pv.pv_eoi = value
+
+
+def _set_async_pf_vector(pv: Paravirt, value: int, _host: bool) -> None:
+    if pv.vcpu.cpu_interface is None:
+        raise BadMsr
+    pv.async_pf_vector = value
 
 
 def _set_steal(pv: Paravirt, value: int, host: bool) -> None:
@@ -190,7 +196,9 @@ MSRS: dict[int, Msr] = {
     MSR_KVM_STEAL_TIME: _paravirtual("MSR_KVM_STEAL_TIME", _STEAL_TIME, "steal", _set_steal, allowed=~STEAL_RESERVED),
     MSR_KVM_PV_EOI_EN: _paravirtual("MSR_KVM_PV_EOI_EN", _PV_EOI, "pv_eoi", _set_pv_eoi),
     MSR_KVM_POLL_CONTROL: _paravirtual("MSR_KVM_POLL_CONTROL", _POLL_CONTROL, "poll_control", allowed=1),
-    MSR_KVM_ASYNC_PF_INT: _paravirtual("MSR_KVM_ASYNC_PF_INT", _ASYNC_PF_INT, "async_pf_vector", allowed=0xFF),
+    MSR_KVM_ASYNC_PF_INT: _paravirtual(
+        "MSR_KVM_ASYNC_PF_INT", _ASYNC_PF_INT, "async_pf_vector", _set_async_pf_vector, allowed=0xFF
+    ),
     MSR_KVM_ASYNC_PF_ACK: Msr(
         "MSR_KVM_ASYNC_PF_ACK",
         lambda vcpu, host: 0,
