@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import trio
-from boards import every_board
 from engine_programs import here
 
 import fabric
@@ -107,6 +106,7 @@ def run(board: str, *cuts: int, restored: bool = True) -> tuple[list[list[Record
     return [[record for record in log.records if record[2] == cpu] for cpu in range(-1, CPUS)], total
 
 
+every_arm64_board = pytest.mark.parametrize("board", [name for name in BOARDS if name.startswith("arm64-")])
 CUTS = [
     pytest.param((30_000,), id="boot"),
     pytest.param((700_001,), id="once"),
@@ -114,21 +114,21 @@ CUTS = [
 ]
 
 
-@every_board
+@every_arm64_board
 @pytest.mark.parametrize("cuts", CUTS)
 def test_a_machine_goes_on_in_another_one(board: str, cuts: tuple[int, ...]) -> None:
     """With its disk's requests, the packets that its network gathered, its recording: as if nothing had been."""
     assert run(board) == run(board, *cuts)
 
 
-@every_board
+@every_arm64_board
 @pytest.mark.parametrize("cuts", CUTS[1:])
 def test_a_machine_that_was_stopped_can_be_run_again(board: str, cuts: tuple[int, ...]) -> None:
     """Devices keep what they have under way while their tasks are cancelled."""
     assert run(board) == run(board, *cuts, restored=False)
 
 
-@every_board
+@every_arm64_board
 def test_what_a_device_had_under_way_waits(board: str) -> None:
     """Requests that were due, and packets to be announced, while the machine stood still: both come at once after."""
 
