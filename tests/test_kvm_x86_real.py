@@ -461,6 +461,49 @@ def test_events_that_are_refused(host: Host, fields: dict[str, int]) -> None:
     machine.close()
 
 
+def test_an_error_at_the_end_leaves_the_rest_set(host: Host) -> None:
+    """A triple fault without its capability is looked at last."""
+    machine = Machine(host)
+
+    assert "EINVAL" == machine.set_events(flags=VALID_TRIPLE, interrupt_injected=1, interrupt_nr=0x44)
+    assert (1, 0x44) == (machine.events().interrupt_injected, machine.events().interrupt_nr)
+    machine.close()
+
+
+@pytest.mark.parametrize(("number", "told"), [(1, 1), (3, 0), (4, 0), (5, 1)])
+def test_soft_exceptions_are_not_told_of(host: Host, number: int, told: int) -> None:
+    """#BP and #OF, as the length of their instruction is not in the struct."""
+    machine = Machine(host)
+    machine.set_events(exception_injected=1, exception_nr=number)
+
+    assert (told, number) == (machine.events().exception_injected, machine.events().exception_nr)
+    machine.close()
+
+
+def test_a_vector_being_injected_is_in_the_special_registers(host: Host) -> None:
+    """Wherever the irqchip is; the lowest of those that are set is injected."""
+    for irqchip in ("", "split", "whole"):
+        machine = Machine(host, 1, irqchip)
+        sregs = machine.get(requests.KVM_GET_SREGS, x86.KvmSregs, 0)
+        machine.vcpus[0].ioctl(requests.KVM_SET_SREGS, sregs.with_(interrupt_bitmap=(0, 1 << 7 | 1 << 9, 0, 0)))
+        found = machine.get(requests.KVM_GET_SREGS, x86.KvmSregs, 0).interrupt_bitmap
+        assert ((0, 1 << 7, 0, 0), 71) == (found, machine.events().interrupt_nr)
+        machine.close()
+
+
+def test_registers_that_are_set_take_a_pending_exception_away(host: Host) -> None:
+    """Not an injected one; which it was can still be read."""
+    machine = Machine(host)
+    machine.enable(uapi.KVM_CAP_EXCEPTION_PAYLOAD, 1)
+    for pending in (0, 1):
+        kind = {"exception_pending": pending, "exception_injected": 1 - pending}
+        machine.set_events(flags=VALID_PAYLOAD, exception_nr=6, **kind)
+        machine.vcpus[0].ioctl(requests.KVM_SET_REGS, machine.get(requests.KVM_GET_REGS, x86.KvmRegs, 0))
+        found = machine.events()
+        assert (1 - pending, 0, 6) == (found.exception_injected, found.exception_pending, found.exception_nr)
+    machine.close()
+
+
 def test_payloads_need_their_capability(host: Host) -> None:
     """With it a pending exception is told apart from an injected one."""
     machine = Machine(host)
@@ -637,6 +680,18 @@ def test_a_guest_that_has_no_clock_cannot_be_told_that_it_was_stopped(host: Host
         answers.append(outcome(machine.vcpus[0].ioctl, requests.KVM_KVMCLOCK_CTRL))
 
     assert ["EINVAL", "EINVAL", 0, "EINVAL"] == answers
+    machine.close()
+
+
+def test_a_clock_page_does_not_cross_a_page(host: Host) -> None:
+    """The MSR takes the value, but the clock stays where it was, or nowhere."""
+    machine = Machine(host)
+    answers = []
+    for value in (0x1FE3, 0x1FE1, 0x1FE3, 0, 0x1FE3):
+        assert machine.set_msr(x86.MSR_KVM_SYSTEM_TIME_NEW, value)
+        answers.append(outcome(machine.vcpus[0].ioctl, requests.KVM_KVMCLOCK_CTRL))
+
+    assert ["EINVAL", 0, 0, "EINVAL", "EINVAL"] == answers
     machine.close()
 
 

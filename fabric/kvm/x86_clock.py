@@ -88,7 +88,7 @@ def get_tsc_khz(file: VcpuFile, _arg: int) -> int:
 def kvmclock_ctrl(file: VcpuFile, _arg: int) -> None:
     """KVM_KVMCLOCK_CTRL: tell the guest that it was stopped. EINVAL unless it has a clock page."""
     pv = file.part.vcpu.pv
-    if not pv.system_time & 1:
+    if pv.clock_page is None:
         raise KvmError(errno.EINVAL, "the guest has no clock page")
     pv.guest_stopped = True
     pv.clock_changed()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fabric.clock.tsc import SECOND, time_scale
 from fabric.errors import KvmError
+from fabric.uapi.kvm import PAGE_SIZE
 from fabric.uapi.x86 import PvclockVcpuTimeInfo, PvclockWallClock
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Paravirt:
         "async_pf",
         "async_pf_vector",
         "clock",
+        "clock_page",
         "clock_stale",
         "enforced",
         "guest_stopped",
@@ -72,6 +74,8 @@ class Paravirt:
         self.guest_stopped = False
         """KVM_KVMCLOCK_CTRL: the next note says that the guest was stopped."""
         self.steal_seen = 0
+        self.clock_page: int | None = None
+        """Where the clock is noted."""
         self.clock_stale = True
         """The clock's page is to be written when the vCPU enters the guest."""
         clock.listeners.append(self.clock_changed)
@@ -90,6 +94,11 @@ class Paravirt:
     def set_system_time(self, value: int, host: bool, *, old_msr: bool) -> None:
         """MSR_KVM_SYSTEM_TIME and its successor: where the clock is noted."""
         self.system_time = value
+        at = value & ~ENABLED
+        if not value & ENABLED:
+            self.clock_page = None
+        elif at % PAGE_SIZE <= PAGE_SIZE - PvclockVcpuTimeInfo.SIZE:  # else it stays where it was, if it was
+            self.clock_page = at
         if not self.vcpu.vcpu_id and not host and self.clock.old_msr != old_msr:
             self.clock.old_msr = old_msr
             self.clock.update()
@@ -128,9 +137,9 @@ class Paravirt:
     def note_clock(self) -> None:
         """Write the clock's page: TSC and clock of this moment, and how to go on from there."""
         self.clock_stale = False
-        if not self.system_time & ENABLED:
+        at = self.clock_page
+        if at is None:
             return
-        at = self.system_time & ~ENABLED
         tsc = self.vcpu.tsc
         shift, multiplier = time_scale(tsc.rate)
         flags = PVCLOCK_TSC_STABLE if self.clock.stable else 0
