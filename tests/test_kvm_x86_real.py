@@ -683,6 +683,15 @@ def test_a_guest_that_has_no_clock_cannot_be_told_that_it_was_stopped(host: Host
     machine.close()
 
 
+def test_all_vcpus_have_one_wall_clock(host: Host) -> None:
+    """The MSR is the VM's, under both of its numbers."""
+    machine = Machine(host, 2)
+    machine.set_msr(x86.MSR_KVM_WALL_CLOCK, 0xD000_0000)
+
+    assert 0xD000_0000 == machine.get_msr(x86.MSR_KVM_WALL_CLOCK_NEW, 1)
+    machine.close()
+
+
 def test_a_clock_page_does_not_cross_a_page(host: Host) -> None:
     """The MSR takes the value, but the clock stays where it was, or nowhere."""
     machine = Machine(host)

@@ -240,7 +240,7 @@ class VmClock:
     a vCPU enters the guest or the clock is set, not when a TSC is written.
     """
 
-    __slots__ = ("_offset", "host", "listeners", "old_msr", "stable", "sync")
+    __slots__ = ("_offset", "host", "listeners", "old_msr", "stable", "sync", "wall_clock")
 
     def __init__(self, host: HostTime, sync: TscSync) -> None:
         self.host = host
@@ -249,6 +249,8 @@ class VmClock:
         self.stable = False
         self.old_msr = False
         """The boot processor's guest uses MSR_KVM_SYSTEM_TIME, not its successor, and is not told of stability."""
+        self.wall_clock = 0
+        """MSR_KVM_WALL_CLOCK, of which there is one for all vCPUs."""
         self.listeners: list[Callable[[], None]] = []
         """Called when what was noted of the clock holds no longer."""
 

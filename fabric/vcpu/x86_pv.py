@@ -60,13 +60,12 @@ class Paravirt:
         "steal_seen",
         "system_time",
         "vcpu",
-        "wall_clock",
     )
 
     def __init__(self, vcpu: X86Vcpu, clock: VmClock) -> None:
         self.vcpu = vcpu
         self.clock = clock
-        self.system_time = self.wall_clock = self.steal = self.pv_eoi = self.async_pf = self.async_pf_vector = 0
+        self.system_time = self.steal = self.pv_eoi = self.async_pf = self.async_pf_vector = 0
         """The MSRs, as written."""
         self.poll_control = 1
         self.enforced = False
@@ -79,6 +78,11 @@ class Paravirt:
         self.clock_stale = True
         """The clock's page is to be written when the vCPU enters the guest."""
         clock.listeners.append(self.clock_changed)
+
+    @property
+    def wall_clock(self) -> int:
+        """MSR_KVM_WALL_CLOCK."""
+        return self.clock.wall_clock
 
     @property
     def memory(self) -> GuestMemory:
@@ -106,7 +110,7 @@ class Paravirt:
 
     def set_wall_clock(self, value: int, _host: bool) -> None:
         """MSR_KVM_WALL_CLOCK: the real time at which the VM's clock was 0, written at once."""
-        self.wall_clock = value
+        self.clock.wall_clock = value
         if not value:
             return
         boot = self.clock.host.realtime - self.clock.now
