@@ -683,6 +683,25 @@ def test_a_guest_that_has_no_clock_cannot_be_told_that_it_was_stopped(host: Host
     machine.close()
 
 
+def test_an_init_takes_the_notes_away(host: Host) -> None:
+    """Clock, stolen time, asynchronous page faults; polling stays as it was."""
+    machine = Machine(host)
+    values = {
+        x86.MSR_KVM_SYSTEM_TIME_NEW: 0x1001,
+        x86.MSR_KVM_STEAL_TIME: 0x1041,
+        x86.MSR_KVM_ASYNC_PF_INT: 0x31,
+        x86.MSR_KVM_PV_EOI_EN: 0x1004,
+        x86.MSR_KVM_POLL_CONTROL: 0,
+    }
+    assert all(machine.set_msr(index, value) for index, value in values.items())
+    machine.vm.signal_msi(MSI, 5 << 8)
+    assert uapi.KVM_MP_STATE_RUNNABLE == machine.vcpus[0].mp_state
+
+    assert [0] * 5 == [machine.get_msr(index) for index in values]
+    assert "EINVAL" == outcome(machine.vcpus[0].ioctl, requests.KVM_KVMCLOCK_CTRL)
+    machine.close()
+
+
 def test_all_vcpus_have_one_wall_clock(host: Host) -> None:
     """The MSR is the VM's, under both of its numbers."""
     machine = Machine(host, 2)

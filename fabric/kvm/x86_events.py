@@ -95,7 +95,8 @@ def set_vcpu_events(file: VcpuFile, events: KvmVcpuEvents) -> None:
     if (injected or pending) and (events.exception_nr > MAX_EXCEPTION or events.exception_nr == NMI_VECTOR):
         raise KvmError(errno.EINVAL, f"there is no exception {events.exception_nr}")
     smm = flags & x86.KVM_VCPUEVENT_VALID_SMM
-    if smm and (events.smi_smm or events.smi_pending) and vcpu.mp_state == uapi.KVM_MP_STATE_INIT_RECEIVED:
+    in_smm = smm and (events.smi_smm or events.smi_pending)
+    if in_smm and file.vm.options["smm"] and vcpu.mp_state == uapi.KVM_MP_STATE_INIT_RECEIVED:
         raise KvmError(errno.EINVAL, "a vCPU that waits for a SIPI is not in system management mode")
 
     vcpu.exception = ExceptionState(

@@ -482,7 +482,9 @@ class X86Vcpu(Vcpu):
             self.reset_registers()
             if self.cpu_interface is not None:
                 self.cpu_interface.reset(init=True)
-            self.mp_state = KVM_MP_STATE_RUNNABLE if self.is_bsp else KVM_MP_STATE_INIT_RECEIVED
+            self.pv.reset()
+            boots = self.apic_base & BASE_BSP  # which a VMM may have written
+            self.mp_state = KVM_MP_STATE_RUNNABLE if boots else KVM_MP_STATE_INIT_RECEIVED
         if self.sipi_pending:
             self.sipi_pending = False
             if self.mp_state == KVM_MP_STATE_INIT_RECEIVED:

@@ -89,6 +89,11 @@ class Paravirt:
         """The VM's memory."""
         return self.vcpu.vm.memory
 
+    def reset(self) -> None:
+        """The vCPU got an INIT: its guest has asked for nothing any more."""
+        self.system_time = self.steal = self.pv_eoi = self.async_pf = self.async_pf_vector = 0
+        self.clock_page = None
+
     def clock_changed(self) -> None:
         """The clock's page holds no longer. A vCPU that is in the guest has to leave it, and is there again at once."""
         self.clock_stale = True
