@@ -172,6 +172,7 @@ class X86Vcpu(Vcpu):
         self.unhalted = False
         self.exception = ExceptionState()
         self.interrupt_nr = 0
+        self.triple_fault = False
         self.clear_events()
         self.reset_registers()
         vm.ledger.add_pending_probe(self._count_nmis)
@@ -412,7 +413,6 @@ class X86Vcpu(Vcpu):
         self.vm.ledger.drop("vCPU reset", self._count_nmis())
         self.nmi_pending = self.nmi_queued = 0
         self.smi_pending = False
-        self.triple_fault = False
 
     def forget_exception(self) -> None:
         """No exception is on its way."""

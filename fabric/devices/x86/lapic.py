@@ -427,7 +427,8 @@ class Lapic(_HotFields, MmioHandler):
                 self._store(ID, self.x2apic_id)
                 self._store(LDR, self.x2apic_ldr)
         self.x2apic = x2apic and enable
-        self.ids_changed()
+        if (before ^ value) & (BASE_ENABLE | BASE_X2APIC):
+            self.ids_changed()
         self.update()
 
     @property
