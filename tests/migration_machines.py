@@ -1,20 +1,25 @@
-"""Machines with something in every register that can have something, to be saved, and hosts to restore them on."""
+"""Machines to be saved, and hosts to restore them on: with something in every register, or with guests that run."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import trio
 from kvm_machine import DOORBELL, GITS_CWRITER, PENDING, RAM, RAM_SIZE, Arm
 
+import fabric
 from fabric.devices.arm.vgic_its_commands import encode
 from fabric.kvm import Kvm
 from fabric.kvm.typed import Host, msi_route, pin_route
 from fabric.migration import ArmVm, Irqfd
+from fabric.trace.ledger import LedgerStatement
 from fabric.uapi import arm64 as arm
 from fabric.uapi import ioctl as requests
 from fabric.uapi import kvm as uapi
 from fabric.uapi.usermem import SparseMemory
 
+Program = Callable[[Any], Awaitable[object]]
 X0, TPIDR = arm.arm64_core_reg(0), arm.arm64_sys_reg(3, 3, 13, 0, 2)
 DIST, CPU_REGS, REDIST, SYSREGS, LINES = 1, 2, 5, 6, 7
 FRAME = 0x1_0000
@@ -158,3 +163,62 @@ MACHINES = {3: gicv3, 2: gicv2, 0: no_gic}
 def host_of(version: int) -> ArmVm:
     """Where a machine with that GIC can be restored."""
     return blank(host_gic=2) if version == 2 else blank()
+
+
+# With guests.
+
+
+def machine(*programs: Program, its: bool = False) -> ArmVm:
+    """A machine with a GICv3 and a vCPU for each program; SPIs 32 to 47 are edges and reach vCPU 0."""
+    made = Arm(len(programs), memory=True)
+    made.set_gicd(0xC08, 0xAAAA_AAAA)
+    made.set_gicd(0xC0C, 0)
+    made.forward()
+    if its:
+        made.add_its()
+    for vcpu, program in zip(made.vcpus, programs, strict=True):
+        vcpu.load(program)
+    return known(made)
+
+
+def statement(vm: ArmVm) -> LedgerStatement:
+    """The ledger of a VM."""
+    found: LedgerStatement = vm.host.kvm.vm(vm.fd.fd).ledger.statement()
+    return found
+
+
+def drive(vm: ArmVm, spi: int, *levels: int) -> None:
+    """KVM_IRQ_LINE; an edge by default."""
+    for level in levels or (1, 0):
+        vm.fd.irq_line(arm.KVM_ARM_IRQ_TYPE_SPI << arm.KVM_ARM_IRQ_TYPE_SHIFT | spi, level)
+
+
+async def stop_at(at_ns: int, *vcpus: Any) -> None:
+    """Run vCPUs until then."""
+    with trio.move_on_at(at_ns / 1e9):
+        async with trio.open_nursery() as nursery:
+            for vcpu in vcpus:
+                nursery.start_soon(vcpu.run)
+
+
+async def idle(cpu: Any) -> None:
+    """Nothing, for long."""
+    await cpu.compute(1_000_000)
+
+
+def taker(log: list[object], ns: int = 10) -> Program:
+    """A guest that takes what comes, and notes it."""
+
+    async def handler(cpu: Any) -> None:
+        intid = cpu.iar1()
+        log.append((fabric.now(), intid))
+        await cpu.compute(ns)
+        cpu.eoir1(intid)
+
+    async def program(cpu: Any) -> None:
+        cpu.set_vector(handler)
+        cpu.unmask()
+        await cpu.compute(1_000)
+        await cpu.system_off()
+
+    return program
