@@ -453,7 +453,7 @@ def test_a_tsc_deadline_fires_when_the_tsc_gets_there() -> None:
 # What the guest is told
 
 
-@pytest.mark.spec("api.get-clock.rule.stable")
+@pytest.mark.spec("api.get-clock.rule.stable", "layout.pvclock-vcpu-time-info.rule.formula")
 def test_the_page_says_what_the_clock_says() -> None:
     """A reader of the page gets, from any later TSC, the clock that KVM_GET_CLOCK has."""
 
@@ -494,6 +494,7 @@ def test_a_page_is_written_when_the_vcpu_enters_the_guest() -> None:
     in_time(body)
 
 
+@pytest.mark.spec("layout.pvclock-vcpu-time-info.rule.read")
 def test_the_version_of_a_page() -> None:
     """It goes up by two with each change, from what is there; an odd one is rounded up. An entry alone is no change."""
 
@@ -587,6 +588,7 @@ def test_a_guest_is_told_once_that_it_was_stopped() -> None:
     in_time(body)
 
 
+@pytest.mark.spec("layout.pvclock-wall-clock.rule.meaning")
 @pytest.mark.parametrize(("before", "version"), [(0, 2), (1, 4), (6, 8), (0xFFFF_FFFE, 0)])
 def test_the_wall_clock_is_when_the_clock_was_zero(before: int, version: int) -> None:
     """Written at once, with an even version that is not the one before."""
@@ -599,6 +601,20 @@ def test_the_wall_clock_is_when_the_clock_was_zero(before: int, version: int) ->
         wall = PvclockWallClock.unpack(vm.inside.memory.read(WALL, PvclockWallClock.SIZE))
         assert PvclockWallClock(version, 1_699_999_996, SECOND - 5) == wall
         assert WALL == get_msr(vm, x86.MSR_KVM_WALL_CLOCK)
+
+    in_time(body)
+
+
+@pytest.mark.spec("layout.pvclock-wall-clock.rule.once")
+def test_the_wall_clock_is_written_once() -> None:
+    """At the write of the MSR: it does not follow the clock that is set afterwards."""
+
+    async def body() -> None:
+        vm = X86Vm()
+        set_msr(vm, x86.MSR_KVM_WALL_CLOCK_NEW, WALL)
+        written = vm.inside.memory.read(WALL, PvclockWallClock.SIZE)
+        set_clock(vm, 1000 * SECOND)
+        assert written == vm.inside.memory.read(WALL, PvclockWallClock.SIZE)
 
     in_time(body)
 
