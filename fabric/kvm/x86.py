@@ -153,7 +153,6 @@ class X86(Architecture):
         *x86_lapic.VM_TABLE,
         *x86_clock.VM_TABLE,
         *x86_vcpu.VM_TABLE,
-        *x86_events.VM_TABLE,
         *x86_hyperv.VM_TABLE,
     )
     vcpu_table = (
@@ -277,7 +276,6 @@ class X86(Architecture):
 
 _ENABLE_CAP = {
     **x86_irqchip.ENABLE_CAP,
-    **x86_pit.ENABLE_CAP,
     **x86_lapic.ENABLE_CAP,
     **x86_clock.ENABLE_CAP,
     **x86_vcpu.ENABLE_CAP,

@@ -232,7 +232,6 @@ def enable_triple_fault_event(file: VmFile, cap: uapi.KvmEnableCap) -> None:
     file.vm.part.triple_fault_event = bool(cap.args[0])
 
 
-VM_TABLE: tuple[Ioctl, ...] = ()
 VCPU_TABLE = (
     Ioctl(requests.KVM_GET_VCPU_EVENTS, POINTER, get_vcpu_events),
     Ioctl(requests.KVM_SET_VCPU_EVENTS, KvmVcpuEvents, set_vcpu_events),

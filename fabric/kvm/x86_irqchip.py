@@ -233,7 +233,6 @@ VM_TABLE = (
     Ioctl(requests.KVM_IRQ_LINE, Members(uapi.KvmIrqLevel), irq_line, "api.irq-line"),
     Ioctl(requests.KVM_IRQ_LINE_STATUS, POINTER, irq_line_status, "api.irq-line-status"),
 )
-VCPU_TABLE: tuple[Ioctl, ...] = ()
 ENABLE_CAP: dict[int, Callable[[VmFile, uapi.KvmEnableCap], None]] = {
     uapi.KVM_CAP_SPLIT_IRQCHIP: enable_split_irqchip,
 }

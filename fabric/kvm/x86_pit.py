@@ -6,7 +6,6 @@ Rules: api.create-pit2, api.get-pit2, api.set-pit2 and api.reinject-control of t
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
 from fabric.devices.x86.irqchip import SOURCE_PIT
 from fabric.devices.x86.pit import Pit
@@ -15,7 +14,6 @@ from fabric.kvm import x86_irqchip
 from fabric.kvm.dispatch import POINTER, VALUE, Ioctl, Pointer
 from fabric.kvm.vm import Vm, VmFile
 from fabric.uapi import ioctl as requests
-from fabric.uapi.kvm import KvmEnableCap
 from fabric.uapi.x86 import (
     KVM_PIT_SPEAKER_DUMMY,
     KvmPitChannelState,
@@ -109,6 +107,3 @@ VM_TABLE: tuple[Ioctl, ...] = (
     Ioctl(requests.KVM_SET_PIT2, POINTER, set_pit2, "api.set-pit2"),
     Ioctl(requests.KVM_REINJECT_CONTROL, KvmReinjectControl, reinject_control, "api.reinject-control"),
 )
-VCPU_TABLE: tuple[Ioctl, ...] = ()
-ENABLE_CAP: dict[int, Callable[[VmFile, KvmEnableCap], None]] = {}
-"""Capabilities of the VM fd that KVM_ENABLE_CAP turns on, and what does it."""

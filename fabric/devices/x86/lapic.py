@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fabric.devices.x86.apic_bus import (
-    ALL,
     MODE_EXTINT,
-    MODE_FIXED,
     MODE_INIT,
     MODE_LOWEST,
     MODE_NMI,
@@ -696,5 +694,3 @@ REGISTERS: dict[int, Register] = {
     SELF_IPI: Register("SELF_IPI", None, _write_self_ipi),
 }
 """By offset in the page; the MSR is 0x800 plus a sixteenth of it."""
-assert ALL != SELF
-assert MODE_FIXED == 0
